@@ -1,0 +1,240 @@
+"""Right or wrong, and by how much (measurement.md section 4, C1-C5, C12, C15, C16).
+
+A kernel runs into an output that is filled with a poison pattern and fenced by guard bands, on fresh
+random inputs that are compared with a pristine copy afterwards; then the *contents* of the same buffers
+change and it runs again. The answer is judged against float64 by the operator's error model.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rooftune.core import PRECISIONS, Op, Problem, Reference, UsageError
+
+Run = Callable[..., None]
+GUARD = 256  # elements on each side of an output: 1 KiB in fp32, more than any vector store overshoots
+WHOLE_FLOPS = 1.2e9  # float64 references above this many operations are computed for sampled rows only
+SAMPLED_ROWS = 48
+POISON_BYTE = 0xFF  # all ones is a NaN in every float format here, and -1 in the integers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check found. `max_error` is in units of the allowed error: 1 is the limit.
+
+    `rel_fro` is the relative Frobenius error on N(0,1) inputs. `rows` is None if the whole output was
+    compared, else how many rows were. `cases` names what was tried, in order.
+    """
+
+    ok: bool
+    reason: str = ""
+    rel_fro: float | None = None
+    max_error: float | None = None
+    max_abs: float | None = None
+    rows: int | None = None
+    deterministic: bool | None = None
+    cases: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for a record."""
+        return asdict(self)
+
+
+class Fenced:
+    """An output tensor between two guard bands, filled with poison."""
+
+    def __init__(self, shape: Sequence[int], dtype: str, device: str = "cpu") -> None:
+        import torch
+
+        self.dtype = getattr(torch, dtype)
+        size, item = math.prod(shape), self.dtype.itemsize
+        self.raw = torch.empty((size + 2 * GUARD) * item, dtype=torch.uint8, device=device)
+        self.low, self.high = self.raw[: GUARD * item], self.raw[(GUARD + size) * item :]
+        self.tensor = self.raw[GUARD * item : (GUARD + size) * item].view(self.dtype).view(tuple(shape))
+        self.poison()
+
+    def poison(self) -> None:
+        self.raw.fill_(POISON_BYTE)
+
+    def damage(self) -> str:
+        """Which guard band was written, or nothing."""
+        for band, name in ((self.low, "before"), (self.high, "after")):
+            if not bool((band == POISON_BYTE).all()):
+                return f"wrote {name} the output's bounds"
+        return ""
+
+
+def sample_rows(total: int, seed: int, count: int = SAMPLED_ROWS) -> list[int]:
+    """First, last and random rows: tails are where kernels are wrong."""
+    if total <= count:
+        return list(range(total))
+    picked = random.Random(seed).sample(range(total), count - 2)
+    return sorted({0, total - 1, *picked})
+
+
+def judge(op: Op, problem: Problem, out: Any, ref: Reference, kind: str = "normal") -> tuple[str, dict[str, float]]:
+    """Compare rows of an output with their reference. Returns (what is wrong or "", error figures)."""
+    import torch
+
+    tol = op.tolerance(problem)
+    if PRECISIONS[problem.precision].exact:
+        wrong = (out.double() != ref.value).sum().item()
+        text = f"{wrong} of {out.numel()} integers differ ({kind})" if wrong else ""
+        return text, {"rel_fro": 0.0 if not wrong else 1.0, "max_error": float(wrong), "max_abs": float(wrong)}
+    got, want = out.double(), ref.value
+    limit = float(torch.finfo(out.dtype).max)
+    want = want.clone()
+    want[want.abs() > limit] = torch.sign(want[want.abs() > limit]) * math.inf  # beyond the format
+    special = ~want.isfinite()
+    same = (got.isnan() & want.isnan()) | (got == want)
+    if bad := int((special & ~same).sum()):
+        where = tuple(int(i) for i in (special & ~same).nonzero()[0])
+        return f"{bad} values should be {want[where].item()} but are e.g. {got[where].item()} ({kind} input)", {}
+    if bad := int((~special & ~got.isfinite()).sum()):
+        where = tuple(int(i) for i in (~special & ~got.isfinite()).nonzero()[0])
+        text = "never written or not finite" if bool(got[where].isnan()) else "infinite"
+        return f"{bad} of {got.numel()} values {text}, first at {where} ({kind} input)", {}
+    diff = torch.where(special, torch.zeros_like(got), (got - want).abs())
+    magnitude = torch.where(special, torch.zeros_like(got), want.abs())
+    scale_in = torch.where(special, torch.zeros_like(got), ref.scale_in + torch.zeros_like(got))
+    scale_acc = torch.where(special, torch.zeros_like(got), ref.scale_acc + torch.zeros_like(got))
+    growth = tol.u_acc * tol.growth
+    bound = tol.c * (tol.u_out * magnitude + tol.u_in * scale_in + growth * scale_acc + tol.tiny)
+    ratio = torch.where(diff == 0, torch.zeros_like(diff), diff / bound)
+    norm = float(magnitude.norm())
+    figures = {
+        "rel_fro": float(diff.norm()) / norm if norm else float(diff.norm()),
+        "max_error": float(ratio.max()) if ratio.numel() else 0.0,
+        "max_abs": float(diff.max()) if diff.numel() else 0.0,
+    }
+    # On very few values one cancellation dominates the norm: there the element gate decides alone.
+    if kind == "normal" and got.numel() >= 64 and not figures["rel_fro"] <= tol.rel_fro:
+        return f"relative Frobenius error {figures['rel_fro']:.2e} is above {tol.rel_fro:.1e}", figures
+    if not figures["max_error"] <= 1.0:
+        where = tuple(int(i) for i in (ratio == ratio.max()).nonzero()[0])
+        text = f"{got[where].item():.6g} instead of {want[where].item():.6g} at {where}"
+        return f"error {figures['max_error']:.3g}x the allowed ({text}, {kind} input)", figures
+    return "", figures
+
+
+def _bits(x: Any) -> Any:
+    """A tensor's bytes, so that NaNs compare equal to themselves."""
+    import torch
+
+    return x.contiguous().view(torch.uint8) if x.numel() else x
+
+
+def generator(device: str, seed: int) -> Any:
+    """A torch generator on the device."""
+    import torch
+
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def _verdict(ok: bool, reason: str, figures: dict[str, float], rows: list[int] | None) -> Verdict:
+    seen = None if rows is None else len(rows)
+    return Verdict(ok, reason, figures.get("rel_fro"), figures.get("max_error"), figures.get("max_abs"), seen)
+
+
+def _sync(device: str) -> None:
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def check_case(op: Op, problem: Problem, run: Run, seed: int, device: str = "cpu", kind: str = "normal") -> Verdict:
+    """One problem, one kind of input, twice: same buffers, changed contents; then once more for repeatability."""
+    import torch
+
+    tensors = op.inputs(problem, generator(device, seed), device, kind)
+    shape, dtype = op.output(problem)
+    out = Fenced(shape, dtype, device)
+    rows_total = math.prod(shape[:-1])
+    rows = None if op.flops(problem) <= WHOLE_FLOPS else sample_rows(rows_total, seed)
+    figures: dict[str, float] = {}
+    for turn in range(2):
+        if turn:  # same pointers, other contents: a result cached by address is stale now (C5)
+            for t, fresh in zip(tensors, op.inputs(problem, generator(device, seed + 1), device, kind), strict=True):
+                t.copy_(fresh)
+        pristine = [t.detach().to("cpu", copy=True) for t in tensors]
+        out.poison()
+        run(out.tensor, *tensors)
+        _sync(device)
+        if damage := out.damage():
+            return Verdict(False, f"{damage} ({kind} input)")
+        for index, (t, p) in enumerate(zip(tensors, pristine, strict=True)):
+            if not torch.equal(_bits(t.cpu()), _bits(p)):
+                return Verdict(False, f"changed its input {index} ({kind} input)")
+        got = out.tensor.detach().cpu().reshape(rows_total, shape[-1])
+        whole_nan = got.double().isnan().all() if dtype != "int32" and kind == "normal" else torch.tensor(False)
+        if got.numel() and bool(whole_nan):
+            return Verdict(False, f"output never written ({kind} input)")
+        ref = op.reference(problem, pristine, rows)
+        problem_found, found = judge(op, problem, got if rows is None else got[rows], ref, kind)
+        if not problem_found and rows is not None and kind == "normal" and dtype != "int32":
+            holes = int((~got.double().isfinite()).sum())  # rows that were not compared were at least written
+            problem_found = f"{holes} of {got.numel()} values never written or not finite" if holes else ""
+        figures = {k: max(v, figures.get(k, 0.0)) for k, v in found.items()} or figures
+        if problem_found:
+            suffix = "" if not turn else " (second call, same buffers with changed contents)"
+            return _verdict(False, problem_found + suffix, figures, rows)
+    first = out.tensor.clone()
+    out.poison()
+    run(out.tensor, *tensors)
+    _sync(device)
+    repeat = torch.equal(_bits(first), _bits(out.tensor))
+    verdict = _verdict(True, "", figures, rows)
+    return replace(verdict, deterministic=repeat, cases=[f"{problem.shape}:{kind}"])
+
+
+Build = Callable[[Problem, dict[str, Any]], Run]
+
+
+def check(
+    op: Op,
+    problem: Problem,
+    config: dict[str, Any],
+    build: Build,
+    seed: int,
+    device: str = "cpu",
+    run: Run | None = None,
+    valid: Callable[[dict[str, Any], Problem], bool] = lambda config, problem: True,
+    thorough: bool = True,
+) -> Verdict:
+    """The whole gate: the problem itself, then ragged relatives and adversarial values on small ones.
+
+    Args:
+        run: what `build(problem, config)` returned, if it was built already.
+        valid: whether the config may be used on a relative; one that may not be is left out.
+        thorough: False checks the problem alone (its relatives passed before with this config).
+    Returns:
+        The first failure, or the figures of the problem itself with the list of cases that passed.
+    """
+    own = check_case(op, problem, run or build(problem, config), seed, device)
+    if not own.ok or not thorough:
+        return own
+    cases = list(own.cases)
+    relatives = [r for r in op.ragged(problem) if valid(config, r)]
+    plan = [(r, "normal") for r in relatives]
+    base = next((r for r in relatives if min(size for _, size in r.dims) > 1), None)
+    if base is not None:
+        plan += [(base, kind) for kind in op.adversarial if not PRECISIONS[problem.precision].exact]
+        if problem.precision == "fp8":  # e4m3 has no infinity and its NaN is not a supported operand
+            plan = [(r, kind) for r, kind in plan if kind not in ("nan", "inf")]
+    for relative, kind in plan:
+        try:
+            ran = build(relative, config)
+        except UsageError:
+            continue  # the competitor says that it does not do this size: not a claim, so not a fault
+        verdict = check_case(op, relative, ran, seed + len(cases), device, kind)
+        if not verdict.ok:
+            return Verdict(
+                False, f"{relative.shape}: {verdict.reason}", own.rel_fro, own.max_error, own.max_abs, own.rows
+            )
+        cases += verdict.cases
+    return Verdict(True, "", own.rel_fro, own.max_error, own.max_abs, own.rows, own.deterministic, cases)

@@ -1,0 +1,258 @@
+"""What is here: the folders are the registry.
+
+`kernels/<op>/__init__.py` declares the operator, `kernels/<op>/<backend>[_variant].py` is a competitor.
+Nothing is imported to list them: a competitor's declarations (`DEVICES`, `PRECISIONS`, ...) are literals
+and are read from its syntax tree, so `list` works where triton or cupy is not installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rooftune.core import Op, Problem, UsageError, unknown
+
+KERNELS = "rooftune.kernels"
+ENTRY_POINTS = "rooftune.kernels"  # group: a package with the same folder layout
+LITERALS = ("DEVICES", "PRECISIONS", "REQUIRES", "ENV", "OP", "BASELINE")
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One competitor: a file. `name` is `numba`, `key` is `gemm/numba`.
+
+    `emulates` and `compiles` say whether the file can prove itself without its device.
+    """
+
+    op: str
+    name: str
+    path: Path
+    module: str
+    summary: str
+    devices: tuple[str, ...]
+    precisions: tuple[str, ...]
+    requires: tuple[str, ...]
+    env: dict[str, dict[str, str]] = field(hash=False, compare=False, default_factory=dict)
+    emulates: bool = False
+    compiles: bool = False
+    baseline: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.op}/{self.name}"
+
+    @property
+    def missing(self) -> str | None:
+        """Why this cannot be imported here, or None. Found without importing the backend."""
+        for package in self.requires:
+            try:
+                found = importlib.util.find_spec(package)
+            except (ImportError, ValueError):
+                found = None
+            if found is None:
+                return f"{package} not installed"
+        return None
+
+    def load(self) -> ModuleType:
+        """Import the competitor. Only a worker does this: it may crash or hang."""
+        if self.module.startswith("file:"):
+            return load_file(self.path)
+        return importlib.import_module(self.module)
+
+    @property
+    def source_hash(self) -> str:
+        """Hash of everything the result depends on in our tree: the file, its neighbours of the same
+        stem (`cupy.cu`), the operator, and the shared building blocks."""
+        digest = hashlib.sha256()
+        shared = (
+            p for p in (self.path.parent.parent / "common").rglob("*") if p.is_file() and "__pycache__" not in p.parts
+        )
+        family = self.path.parent.glob(f"{self.path.stem}.*")
+        for path in sorted({self.path, self.path.parent / "__init__.py", *family, *shared}):
+            if path.exists():
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import one file that is not part of a package, under a name of its own."""
+    name = f"rooftune_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} cannot be loaded as Python; --load takes one .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _roots() -> Iterator[tuple[str, Path]]:
+    """Our kernels folder, then those of packages that announce one."""
+    package = importlib.import_module(KERNELS)
+    yield from ((KERNELS, Path(p)) for p in package.__path__)
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=ENTRY_POINTS):
+        spec = importlib.util.find_spec(point.value)
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            yield point.value, Path(place)
+
+
+@cache
+def op_names() -> tuple[str, ...]:
+    """Operators, in alphabetical order."""
+    found = set()
+    for _, root in _roots():
+        for init in root.glob("*/__init__.py"):
+            if re.search(r"^OP\b", init.read_text(), re.MULTILINE):
+                found.add(init.parent.name)
+    return tuple(sorted(found))
+
+
+@cache
+def op(name: str) -> Op:
+    """The operator of that name.
+
+    Raises:
+        UsageError: there is none; the text lists those there are.
+    """
+    if name in op_names():
+        for package, root in _roots():
+            if (root / name / "__init__.py").exists():
+                found = importlib.import_module(f"{package}.{name}").OP
+                assert isinstance(found, Op)
+                return found
+    raise unknown("op", name, op_names())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str, set[str]]:
+    """Literals, first docstring line and function names of a file, without running it."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as Python: {error}") from error
+    values: dict[str, Any] = {}
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(a.asname or a.name for a in node.names)
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        for target in targets:
+            if isinstance(target, ast.Name):
+                names.add(target.id)
+                if target.id in LITERALS and value is not None:
+                    try:
+                        values[target.id] = ast.literal_eval(value)
+                    except ValueError as error:
+                        raise UsageError(f"{path}: {target.id} must be a literal: listing imports nothing") from error
+    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return values, summary, names
+
+
+def _language(root: Path, name: str) -> dict[str, Any]:
+    """Literals of the longest-named `common/<language>.py` that begins the competitor's name."""
+    parts = name.split("_")
+    for length in range(len(parts), 0, -1):
+        path = root / "common" / ("_".join(parts[:length]) + ".py")
+        if path.exists():
+            return _read(path)[0]
+    return {}
+
+
+def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
+    values, summary, names = _read(path)
+    for needed in ("DEVICES", "PRECISIONS"):
+        if needed not in values:
+            raise UsageError(f"{path} has no {needed}; a kernel file declares DEVICES, PRECISIONS, SPACE and build()")
+    language = _language(root, path.stem) if root else {}
+    default = () if root is None else (path.stem.split("_")[0],)
+    return Impl(
+        op=op_name,
+        name=path.stem,
+        path=path,
+        module=module,
+        summary=summary,
+        devices=tuple(values["DEVICES"]),
+        precisions=tuple(values["PRECISIONS"]),
+        requires=tuple(values.get("REQUIRES", language.get("REQUIRES", default))),
+        env={**language.get("ENV", {}), **values.get("ENV", {})},
+        emulates="emulate" in names,
+        compiles="compile_for" in names,
+        baseline=bool(values.get("BASELINE", False)),
+    )
+
+
+@cache
+def impls(op_name: str) -> tuple[Impl, ...]:
+    """The competitors of an operator: baselines first, then by name."""
+    op(op_name)
+    found = [
+        _impl(op_name, path, f"{package}.{op_name}.{path.stem}", root)
+        for package, root in _roots()
+        for path in sorted((root / op_name).glob("*.py"))
+        if path.stem != "__init__"
+    ]
+    return tuple(sorted(found, key=lambda i: (not i.baseline, i.name)))
+
+
+def impl(key: str) -> Impl:
+    """The competitor with a key such as `gemm/numba`, or `file:/path/to/kernel.py`.
+
+    Raises:
+        UsageError: unknown operator or competitor.
+    """
+    if key.startswith("file:"):
+        return user_impl(Path(key[5:]))
+    op_name, _, name = key.partition("/")
+    for found in impls(op_name):
+        if found.name == name:
+            return found
+    raise unknown(f"competitor of {op_name}", name, [i.name for i in impls(op_name)])
+
+
+def user_impl(path: Path) -> Impl:
+    """A user's own kernel file (`--load`): the same form, plus `OP = "softmax"`.
+
+    Raises:
+        UsageError: not there, not Python, or a declaration is missing.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; --load takes a kernel file")
+    values, _, names = _read(path)
+    if "OP" not in values:
+        raise UsageError(f'{path} names no operator; add OP = "softmax" (known: {", ".join(op_names())})')
+    if "build" not in names:
+        raise UsageError(f"{path} has no build(problem, config); it returns run(out, *inputs)")
+    op(values["OP"])
+    return _impl(values["OP"], path.resolve(), f"file:{path.resolve()}", None)
+
+
+def problem(text: str | Problem) -> Problem:
+    """Parse and complete a problem: `gemm[m=64,n=64,k=64,bf16]`.
+
+    Raises:
+        UsageError: bad form, unknown operator, size, flag or precision.
+    """
+    given = Problem.parse(text) if isinstance(text, str) else text
+    return op(given.op).problem(given)
