@@ -205,6 +205,7 @@ def check(
     run: Run | None = None,
     valid: Callable[[dict[str, Any], Problem], bool] = lambda config, problem: True,
     thorough: bool = True,
+    per_shape: bool = False,
 ) -> Verdict:
     """The whole gate: the problem itself, then ragged relatives and adversarial values on small ones.
 
@@ -212,23 +213,26 @@ def check(
         run: what `build(problem, config)` returned, if it was built already.
         valid: whether the config may be used on a relative; one that may not be is left out.
         thorough: False checks the problem alone (its relatives passed before with this config).
+        per_shape: the competitor is another kernel for every shape (torch.compile): the adversarial
+            values go through the problem itself, and relatives, being other kernels, are left out.
     Returns:
         The first failure, or the figures of the problem itself with the list of cases that passed.
     """
-    own = check_case(op, problem, run or build(problem, config), seed, device)
+    run = run or build(problem, config)
+    own = check_case(op, problem, run, seed, device)
     if not own.ok or not thorough:
         return own
     cases = list(own.cases)
-    relatives = [r for r in op.ragged(problem) if valid(config, r)]
+    relatives = [] if per_shape else [r for r in op.ragged(problem) if valid(config, r)]
     plan = [(r, "normal") for r in relatives]
-    base = next((r for r in relatives if min(size for _, size in r.dims) > 1), None)
+    base = problem if per_shape else next((r for r in relatives if min(size for _, size in r.dims) > 1), None)
     if base is not None:
-        plan += [(base, kind) for kind in op.adversarial if not PRECISIONS[problem.precision].exact]
-        if problem.precision == "fp8":  # e4m3 has no infinity and its NaN is not a supported operand
-            plan = [(r, kind) for r, kind in plan if kind not in ("nan", "inf")]
+        # e4m3 has no infinity and its NaN is no operand; integers have neither.
+        kinds = [k for k in op.adversarial if problem.precision not in ("fp8", "int8") or k == "integers"]
+        plan += [(base, kind) for kind in kinds]
     for relative, kind in plan:
         try:
-            ran = build(relative, config)
+            ran = run if relative == problem else build(relative, config)
         except UsageError:
             continue  # the competitor says that it does not do this size: not a claim, so not a fault
         verdict = check_case(op, relative, ran, seed + len(cases), device, kind)

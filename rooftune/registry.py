@@ -24,14 +24,15 @@ from rooftune.core import Op, Problem, UsageError, unknown
 
 KERNELS = "rooftune.kernels"
 ENTRY_POINTS = "rooftune.kernels"  # group: a package with the same folder layout
-LITERALS = ("DEVICES", "PRECISIONS", "REQUIRES", "ENV", "OP", "BASELINE")
+LITERALS = ("DEVICES", "PRECISIONS", "REQUIRES", "ENV", "OP", "BASELINE", "PER_SHAPE")
 
 
 @dataclass(frozen=True)
 class Impl:
     """One competitor: a file. `name` is `numba`, `key` is `gemm/numba`.
 
-    `emulates` and `compiles` say whether the file can prove itself without its device.
+    `emulates` and `compiles` say whether the file can prove itself without its device. `per_shape`
+    marks a compiler that makes another kernel for every shape: it is checked on the problem's own.
     """
 
     op: str
@@ -46,6 +47,7 @@ class Impl:
     emulates: bool = False
     compiles: bool = False
     baseline: bool = False
+    per_shape: bool = False
 
     @property
     def key(self) -> str:
@@ -200,6 +202,7 @@ def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
         emulates="emulate" in names,
         compiles="compile_for" in names,
         baseline=bool(values.get("BASELINE", False)),
+        per_shape=bool(values.get("PER_SHAPE", False)),
     )
 
 

@@ -1,0 +1,331 @@
+"""The Lab: the parent's side. It owns one worker process per competitor and mode, and what they may do.
+
+A request has a deadline. A worker that crashes, hangs, or answers nonsense is replaced and becomes a
+`Reply` with a status and a reason; the others go on. The parent imports no GPU library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import rooftune
+from rooftune.core import Config, Problem, Status, Unavailable, UsageError
+from rooftune.registry import Impl
+
+START_FAILURES = 3  # a worker that cannot start three times in a row stops the run (F6)
+PREPARE_S = 240.0  # build and check; inductor and LLVM need tens of seconds on a loaded machine
+TERM_S = 2.0  # from SIGTERM to SIGKILL
+
+
+class WorkerDied(Exception):
+    """The worker is gone or cannot be understood; `status` says how."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass
+class Reply:
+    """What became of a request: a status of the candidate, a reason, and the data."""
+
+    status: Status
+    reason: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.status == Status.OK
+
+
+class Worker:
+    """One child process with its own session (process group), pipes and log file."""
+
+    def __init__(self, impl: Impl | None, mode: str, device: str, threads: int) -> None:
+        self.name = f"{impl.key if impl else 'probe'} [{mode}]"
+        self.log: IO[bytes] = tempfile.TemporaryFile(prefix="rooftune-worker-")  # noqa: SIM115 - lives as long as we
+        request_read, self._request = os.pipe()
+        self._reply, reply_write = os.pipe()
+        home = str(Path(rooftune.__file__).parent.parent)
+        env = {**os.environ, **_thread_env(threads), **(impl.env.get(mode, {}) if impl else {})}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
+        env["PYTHONFAULTHANDLER"] = "1"  # a crash leaves its Python line in the log
+        fds = (request_read, reply_write)
+        command = [sys.executable, "-P", "-m", "rooftune.worker", *map(str, fds), mode, device]
+        try:
+            self.process = subprocess.Popen(
+                command,
+                env=env,
+                pass_fds=fds,
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                start_new_session=True,
+            )
+        finally:
+            os.close(request_read)
+            os.close(reply_write)
+        self._buffer = b""
+
+    def request(self, verb: str, deadline_s: float, **arguments: Any) -> Any:
+        """Ask and wait.
+
+        Raises:
+            WorkerDied: crashed, killed, past the deadline, or its answer is not one.
+            UsageError: the worker says that the request itself is bad.
+        """
+        nonce = secrets.token_hex(8)
+        message = json.dumps({"nonce": nonce, "verb": verb, "args": arguments}) + "\n"
+        try:
+            os.write(self._request, message.encode())
+        except BrokenPipeError:
+            raise self._death() from None
+        line = self._read_line(time.monotonic() + deadline_s, deadline_s)
+        try:
+            reply = json.loads(line)
+            if not isinstance(reply, dict) or reply.get("nonce") != nonce:
+                raise ValueError
+        except ValueError:
+            self.kill()
+            text = line[:80].decode(errors="replace")
+            raise WorkerDied(Status.FAILED_CRASH, f"protocol: answered '{text}'") from None
+        if "error" in reply:
+            if reply.get("known"):
+                raise UsageError(reply["error"])
+            raise WorkerDied(Status.FAILED_CRASH, reply["error"])
+        return reply["value"]
+
+    def _read_line(self, until: float, deadline_s: float) -> bytes:
+        while b"\n" not in self._buffer:
+            left = until - time.monotonic()
+            ready = select.select([self._reply], [], [], max(0.0, left))[0]
+            if not ready:
+                self.kill()
+                raise WorkerDied(Status.TIMEOUT, f"no answer within {deadline_s:.0f} s; killed")
+            chunk = os.read(self._reply, 1 << 16)
+            if not chunk:
+                raise self._death()
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _death(self) -> WorkerDied:
+        """Say how the process ended, with the end of what it printed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(TERM_S)
+        code = self.process.returncode
+        self.kill()
+        how = "ended" if code is None else f"exit code {code}"
+        if code is not None and code < 0:
+            how = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            how += " (out of memory?)" if -code == signal.SIGKILL else ""
+        tail = self.tail()
+        return WorkerDied(Status.FAILED_CRASH, f"crashed: {how}" + (f"; {tail}" if tail else ""))
+
+    def tail(self, size: int = 4096) -> str:
+        """The last telling line of the worker's output."""
+        self.log.seek(0, os.SEEK_END)
+        self.log.seek(max(0, self.log.tell() - size))
+        lines = [x.strip() for x in self.log.read().decode(errors="replace").splitlines() if x.strip()]
+        fatal = [x for x in lines if x.startswith(("Fatal Python error", "roof:", "LLVM ERROR", "terminate called"))]
+        return (fatal or lines or [""])[-1][:200]
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """SIGTERM to the group, SIGKILL two seconds later, and wait: no orphan, no zombie."""
+        for signum, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 15.0)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signum)
+            try:
+                self.process.wait(wait_s)
+            except subprocess.TimeoutExpired:
+                continue
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # children it left in its group
+            break
+        for fd in (self._request, self._reply):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._request = self._reply = -1
+
+    def close(self) -> None:
+        """End an idle worker: closing its pipe is enough; kill if it does not listen."""
+        if self._request >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._request)
+            self._request = -1
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(TERM_S)
+        self.kill()
+        self.log.close()
+
+
+def _thread_env(threads: int) -> dict[str, str]:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "ROOFTUNE_THREADS")
+    return {name: str(threads) for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+class Lab:
+    """Workers for one device. Use as a context manager: leaving it ends every child."""
+
+    def __init__(self, device: str = "cpu", threads: int = 1) -> None:
+        self.device, self.threads = device, threads
+        self._workers: dict[tuple[str, str], Worker] = {}
+        self._start_failures = 0
+        self._lock_path = _lock_path(device)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for worker in list(self._workers.values()):
+            worker.close()
+        self._workers.clear()
+
+    def worker(self, impl: Impl | None, mode: str = "native") -> Worker:
+        """The live worker of a competitor, started if need be.
+
+        Raises:
+            Unavailable: workers do not start at all here (three times in a row).
+        """
+        key = (impl.key if impl and not impl.module.startswith("file:") else impl.module if impl else "", mode)
+        found = self._workers.get(key)
+        if found is not None and found.alive:
+            return found
+        device = self.device if mode == "native" else "cpu"
+        while True:
+            started = Worker(impl, mode, device, self.threads if mode == "native" else 1)
+            try:
+                started.request("hello", 60.0)
+            except WorkerDied as death:
+                self._start_failures += 1
+                if self._start_failures >= START_FAILURES:
+                    raise Unavailable(f"worker processes do not start: {death}") from death
+                continue
+            self._start_failures = 0
+            self._workers[key] = started
+            return started
+
+    def retire(self, impl: Impl | None, mode: str = "native") -> None:
+        """End a competitor's worker; the next request starts a fresh one."""
+        for key in [k for k, w in self._workers.items() if k[1] == mode and impl and k[0] in (impl.key, impl.module)]:
+            self._workers.pop(key).close()
+
+    def ask(self, impl: Impl, verb: str, deadline_s: float, mode: str = "native", **arguments: Any) -> Reply:
+        """A request about a competitor; a dead worker becomes the reply's status."""
+        name = impl.module if impl.module.startswith("file:") else impl.key
+        try:
+            data = self.worker(impl, mode).request(verb, deadline_s, impl=name, **arguments)
+        except WorkerDied as death:
+            self.retire(impl, mode)
+            return Reply(death.status, str(death))
+        return Reply(Status(data.pop("status", Status.OK)), data.pop("reason", "") or "", data)
+
+    def space(self, impl: Impl, problem: Problem, mode: str = "native") -> dict[str, Any]:
+        """`axes`, valid `configs`, `default`, `entrants` of a competitor on a problem.
+
+        Raises:
+            UsageError: the file does not load, or no config is valid.
+        """
+        reply = self.ask(impl, "space", 60.0, mode, problem=str(problem))
+        if not reply.ok:
+            raise UsageError(f"{impl.key}: {reply.reason}")
+        return reply.data
+
+    def prepare(
+        self, impl: Impl, problem: Problem, config: Config, seed: int, thorough: bool = True, mode: str = "native"
+    ) -> Reply:
+        """Build and check a candidate. `data` has `handle` (native, if right), `error`, `build_s`, `check_s`."""
+        return self.ask(
+            impl, "prepare", PREPARE_S, mode, problem=str(problem), config=config, seed=seed, thorough=thorough
+        )
+
+    def time(self, impl: Impl, handle: int, seed: int, deadline_s: float = 60.0, **options: Any) -> Reply:
+        """One round of samples; `data["samples_s"]` are seconds per call. Options as `clock.time_calls`."""
+        worker = self._workers.get((impl.module if impl.module.startswith("file:") else impl.key, "native"))
+        if worker is None or not worker.alive:
+            return Reply(Status.FAILED_CRASH, "its worker is gone")
+        try:
+            data = worker.request("time", deadline_s, handle=handle, seed=seed, **options)
+        except WorkerDied as death:
+            self.retire(impl)
+            return Reply(death.status, str(death))
+        reply = Reply(Status(data.pop("status")), data.pop("reason"), data)
+        samples = data.get("samples_s")
+        if reply.ok and not (
+            isinstance(samples, list)
+            and samples
+            and all(isinstance(s, float) and math.isfinite(s) and s > 0 for s in samples)
+        ):
+            return Reply(Status.FAILED_CRASH, f"protocol: samples are {str(samples)[:60]}")
+        return reply
+
+    def release(self, impl: Impl, handle: int) -> None:
+        """Free a prepared candidate; nothing happens if its worker is gone."""
+        worker = self._workers.get((impl.module if impl.module.startswith("file:") else impl.key, "native"))
+        if worker is not None and worker.alive:
+            with contextlib.suppress(WorkerDied):
+                worker.request("release", 30.0, handle=handle)
+
+    def call(self, function: str, deadline_s: float = 120.0, **arguments: Any) -> Any:
+        """Run a function of rooftune (`rooftune.probe:ceilings`) in a worker that belongs to no competitor."""
+        return self.worker(None).request("call", deadline_s, function=function, **arguments)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the device for one round of timing; another rooftune on this machine waits meanwhile (F13)."""
+        with _open_lock(self._lock_path) as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"rooftune: waiting for another run on {self.device} to finish its round", file=sys.stderr)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def _lock_path(device: str) -> Path:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if device != "cpu" else ""
+    name = "".join(c if c.isalnum() else "-" for c in f"{device}{'-' + visible if visible else ''}")
+    return Path(tempfile.gettempdir()) / f"rooftune-{name}.lock"
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """Open the lock of a device for everyone.
+
+    Raises:
+        UsageError: it belongs to someone else and cannot be opened: timing without it would overlap.
+    """
+    try:
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+                os.chmod(path, 0o666)
+        return open(path, "r+")
+    except OSError as error:
+        raise UsageError(
+            f"the device lock {path} cannot be opened ({error.strerror}); remove it or set TMPDIR"
+        ) from error

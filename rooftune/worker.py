@@ -1,0 +1,232 @@
+"""The child process: loads one competitor, checks it, times it, and answers over a pipe.
+
+Everything that can crash, hang or lie runs here. Requests and replies are JSON lines; a reply repeats
+the request's nonce. The parent set the environment (threads, interpreter switches) before we started,
+so nothing heavy is imported before the first request. Verdicts on times are made by the parent: this
+side returns raw samples.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO
+
+from rooftune import check, registry
+from rooftune.core import Op, Problem, RooftuneError, Status
+
+VERIFY_ROWS = 6  # rows of a timed output that are compared with float64
+ROTATION = 4096  # inputs change between rounds by a random rotation of up to this many elements
+
+
+class Failure(Exception):
+    """A competitor failed in a stage that has a status of its own."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass
+class Handle:
+    """A prepared candidate: what is timed, on which tensors."""
+
+    op: Op
+    problem: Problem
+    run: check.Run
+    device: str
+    tensors: tuple[Any, ...] = ()
+    pools: list[Any] = field(default_factory=list)
+    out: check.Fenced | None = None
+
+    def fill(self, seed: int) -> None:
+        """Make the timing inputs, or change the contents of those there are (C4), at copy speed."""
+        import torch
+
+        if self.out is None:
+            self.tensors = self.op.inputs(self.problem, check.generator(self.device, seed), self.device, "normal")
+            shape, dtype = self.op.output(self.problem)
+            self.out = check.Fenced(shape, dtype, self.device)
+            flat = [t.view(-1) for t in self.tensors]
+            self.pools = [torch.cat((f, f[:ROTATION])) if f.numel() >= 64 else None for f in flat]
+        rng = random.Random(seed)
+        for tensor, pool in zip(self.tensors, self.pools, strict=True):
+            if pool is not None:
+                start = rng.randrange(1, min(ROTATION, tensor.numel()))
+                tensor.view(-1).copy_(pool[start : start + tensor.numel()])
+        self.out.poison()
+
+    def verify(self, seed: int) -> str:
+        """Judge sampled rows of the output that was just timed; returns what is wrong, or nothing."""
+        assert self.out is not None
+        if damage := self.out.damage():
+            return f"{damage} in a timed call"
+        got = self.out.tensor.detach().cpu()
+        got = got.reshape(-1, got.shape[-1])
+        rows = check.sample_rows(got.shape[0], seed, VERIFY_ROWS)
+        ref = self.op.reference(self.problem, [t.detach().cpu() for t in self.tensors], rows)
+        wrong, _ = check.judge(self.op, self.problem, got[rows], ref, "timed")
+        return f"output of a timed call: {wrong}" if wrong else ""
+
+
+class Session:
+    """The worker's state and its verbs. Each public method is a verb; its keyword arguments come from the request."""
+
+    def __init__(self, mode: str, device: str) -> None:
+        self.mode = mode  # native, emulate or compile
+        self.device = device
+        self.handles: dict[int, Handle] = {}
+        self.serial = 0
+
+    def _module(self, impl: str) -> Any:
+        found = registry.impl(impl)
+        try:
+            module = found.load()
+        except RooftuneError:
+            raise
+        except BaseException as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{found.path.name} raises on import: {type(error).__name__}: {error} ({where.name}:{where.lineno})"
+            raise Failure(Status.FAILED_COMPILE, text) from error
+        if "torch" in sys.modules:
+            import torch
+
+            torch.set_num_threads(int(os.environ.get("ROOFTUNE_THREADS", "1")))
+        return module
+
+    def hello(self) -> dict[str, Any]:
+        """Who answers."""
+        return {"pid": os.getpid(), "python": sys.version.split()[0], "mode": self.mode}
+
+    def space(self, impl: str, problem: str, limit: int = 20_000, seed: int = 0) -> dict[str, Any]:
+        """The valid configs for a problem (a seeded sample of them above `limit`), and the default."""
+        module, parsed = self._module(impl), registry.problem(problem)
+        space = module.SPACE
+        if space.size <= 200_000:
+            configs = list(space.configs(parsed))
+            if len(configs) > limit:
+                configs = random.Random(seed).sample(configs, limit)
+        else:
+            rng = random.Random(seed)
+            drawn = (space.sample(parsed, rng) for _ in range(limit))
+            configs = list({json.dumps(c): c for c in drawn if c is not None}.values())
+        return {
+            "axes": {a: list(v) for a, v in space.axes.items()},
+            "configs": configs,
+            "default": space.default_for(parsed),
+            "entrants": space.entrants,
+        }
+
+    def prepare(self, impl: str, problem: str, config: dict[str, Any], seed: int, thorough: bool) -> dict[str, Any]:
+        """Build a candidate and check it. Returns a handle if it is right, else the status and the reason."""
+        found, module = registry.impl(impl), self._module(impl)
+        parsed = registry.problem(problem)
+        op = registry.op(parsed.op)
+        maker: Callable[..., check.Run] = module.emulate if self.mode == "emulate" else module.build
+        start = time.perf_counter()
+        try:
+            run = maker(parsed, config)
+        except RooftuneError as error:
+            raise Failure(Status.SKIPPED, str(error)) from error
+        except Exception as error:
+            raise Failure(Status.FAILED_COMPILE, _line(error)) from error
+        built_s = time.perf_counter() - start
+        try:
+            verdict = check.check(
+                op, parsed, config, maker, seed, self.device, run, module.SPACE.valid, thorough, found.per_shape
+            )
+        except RooftuneError as error:
+            raise Failure(Status.SKIPPED, str(error)) from error
+        except Exception as error:
+            raise Failure(Status.FAILED_LAUNCH, _line(error)) from error
+        reply: dict[str, Any] = {"status": str(Status.OK if verdict.ok else Status.WRONG), "reason": verdict.reason}
+        reply |= {"error": verdict.as_json(), "build_s": built_s, "check_s": time.perf_counter() - start - built_s}
+        if verdict.ok and self.mode == "native":
+            self.serial += 1
+            self.handles[self.serial] = Handle(op, parsed, run, self.device)
+            reply["handle"] = self.serial
+        return reply
+
+    def time(self, handle: int, seed: int, verify: bool = True, **options: Any) -> dict[str, Any]:
+        """Samples of one round, in seconds per call, on inputs whose contents changed since the last round."""
+        from rooftune import clock
+
+        found = self.handles[handle]
+        found.fill(seed)
+        assert found.out is not None
+        found.run(found.out.tensor, *found.tensors)  # caches and page tables are warm, code is loaded
+        timing = clock.time_calls(found.run, [(found.out.tensor, *found.tensors)], self.device, **options)
+        wrong = found.verify(seed) if verify else ""
+        if wrong:
+            return {"status": str(Status.WRONG), "reason": wrong}
+        return {"status": str(Status.OK), "reason": "", **asdict(timing)}
+
+    def release(self, handle: int) -> dict[str, Any]:
+        """Free a candidate's tensors."""
+        self.handles.pop(handle, None)
+        return {}
+
+    def compile(self, impl: str, problem: str, config: dict[str, Any], arch: str) -> dict[str, Any]:
+        """Machine code for an architecture, without a device: what it takes and which instructions it uses."""
+        module = self._module(impl)
+        try:
+            return {"status": str(Status.OK), **asdict(module.compile_for(registry.problem(problem), config, arch))}
+        except RooftuneError as error:
+            raise Failure(Status.SKIPPED, str(error)) from error
+        except Exception as error:
+            raise Failure(Status.FAILED_COMPILE, _line(error)) from error
+
+    def call(self, function: str, **arguments: Any) -> Any:
+        """Any function of rooftune, as `rooftune.probe:ceilings`; its result must be plain data."""
+        module, _, name = function.partition(":")
+        if not module.startswith("rooftune."):
+            raise ValueError(f"{function} is not a function of rooftune")
+        return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def _line(error: BaseException) -> str:
+    """One line of an error: its type, its text, and where in the competitor it was raised."""
+    text = " ".join(str(error).split())[:300]
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({os.path.basename(where.filename)}:{where.lineno})"
+
+
+def serve(session: Session, requests: TextIO, replies: TextIO) -> None:
+    """Answer until the pipe closes."""
+    for line in requests:
+        request = json.loads(line)
+        verb = getattr(session, request["verb"])
+        try:
+            reply = {"value": verb(**request["args"])}
+        except Failure as failure:
+            reply = {"value": {"status": str(failure.status), "reason": str(failure)}}
+        except RooftuneError as error:
+            reply = {"error": str(error), "known": True}
+        except Exception as error:  # noqa: BLE001 - anything else is reported with its trace, and the worker lives on
+            reply = {"error": _line(error), "known": False, "trace": traceback.format_exc()[-4000:]}
+        replies.write(json.dumps({"nonce": request["nonce"], **reply}, allow_nan=True) + "\n")
+        replies.flush()
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m rooftune.worker REQUEST_FD REPLY_FD MODE DEVICE`."""
+    if sys.platform == "linux":  # die with the parent, even if it is killed with -9
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+        if os.getppid() == 1:
+            return
+    read_fd, write_fd, mode, device = int(arguments[0]), int(arguments[1]), arguments[2], arguments[3]
+    with os.fdopen(read_fd) as requests, os.fdopen(write_fd, "w") as replies:
+        serve(Session(mode, device), requests, replies)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
