@@ -1,0 +1,282 @@
+"""What the samples say: exact, distribution-free, numpy only.
+
+The unit of replication is the *round* (all competitors once, in random order), never the single call:
+samples within a process agree with each other more than with the next process (Kalibera and Jones,
+"Rigorous benchmarking in reasonable time", ISMM 2013). A round is summarised by its 25 % order statistic,
+which timing outliers, all of them slow, do not reach. Rounds are [rounds][samples], in seconds; an empty
+round stands for one that was lost, and what it is paired with is left out too.
+
+Sources: signed-rank test: Wilcoxon, Biometrics Bulletin 1 (1945). Estimate and interval: Hodges and Lehmann,
+Ann. Math. Statist. 34 (1963); Hollander, Wolfe, Chicken, "Nonparametric Statistical Methods", 3.1-3.3 (one
+sample), 4.2-4.3 (two samples) and 3.6 (median by order statistics). Several tests: Holm, Scand. J. Statist. 6 (1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rooftune.core import UsageError
+
+Rounds = Sequence[Sequence[float]]
+Array = npt.NDArray[np.float64]
+Interval = tuple[float, float | None, float | None]  # estimate, low, high; None: too few rounds for one
+
+
+def q25(rounds: Rounds) -> Array:
+    """Per round the smallest sample that at least a quarter are not above; NaN for a lost (empty) round.
+
+    Raises:
+        UsageError: a sample is not a positive finite time.
+    """
+    out = np.full(len(rounds), math.nan)
+    for i, samples in enumerate(rounds):
+        if len(samples):
+            values = np.sort(np.asarray(samples, dtype=np.float64))
+            if not (np.isfinite(values).all() and values[0] > 0):
+                raise UsageError(f"round {i} holds a time that is not positive and finite")
+            out[i] = values[math.ceil(len(values) / 4) - 1]
+    return out
+
+
+def paired_logs(rounds_a: Rounds, rounds_b: Rounds) -> Array:
+    """log(time a / time b) per round, of the rounds that both have.
+
+    Raises:
+        UsageError: different numbers of rounds: row r of both must come from the same round.
+    """
+    if len(rounds_a) != len(rounds_b):
+        raise UsageError(f"rounds cannot be paired: {len(rounds_a)} and {len(rounds_b)}")
+    logs: Array = np.log(q25(rounds_a)) - np.log(q25(rounds_b))
+    return logs[np.isfinite(logs)]
+
+
+@lru_cache(maxsize=64)
+def _signed_rank_sf(n: int) -> Array:
+    """P(W+ >= w) for w = 0 .. n(n+1)/2 if every sign is a fair coin: W+ sums a random subset of 1..n."""
+    mass = np.zeros(n * (n + 1) // 2 + 1)
+    mass[0] = 1.0
+    for rank in range(1, n + 1):
+        shifted = mass.copy()
+        shifted[rank:] += mass[:-rank]
+        mass = shifted / 2
+    tail: Array = np.cumsum(mass[::-1])[::-1]
+    tail.setflags(write=False)
+    return tail
+
+
+@lru_cache(maxsize=64)
+def _rank_sum_sf(m: int, n: int) -> Array:
+    """P(U >= u) for u = 0 .. m*n if all orders of m and n values are equally likely.
+
+    The largest value is one of the m with chance m/(m+n), and then beats all n others (Mann and Whitney,
+    Ann. Math. Statist. 18 (1947), in probabilities instead of counts: no overflow, no cancellation).
+    """
+    size = m * n + 1
+    row = [np.zeros(size) for _ in range(n + 1)]  # distributions for (i, 0..n); i = 0 and j = 0 are certain: U = 0
+    for mass in row:
+        mass[0] = 1.0
+    for i in range(1, m + 1):
+        for j in range(1, n + 1):
+            mass = row[j - 1] * (j / (i + j))
+            mass[j:] += row[j][: size - j] * (i / (i + j))
+            row[j] = mass
+    tail: Array = np.cumsum(row[n][::-1])[::-1]
+    tail.setflags(write=False)
+    return tail
+
+
+def signed_rank_p(differences: Sequence[float] | Array) -> float:
+    """One-sided exact p of "the differences lie above 0" (Wilcoxon).
+
+    Never too small: zeros count against it, and among equal sizes the positive ones get the lower ranks.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if not len(d):
+        return 1.0
+    order = np.lexsort((d <= 0, np.abs(d)))
+    ranks = np.arange(1, len(d) + 1)
+    return float(_signed_rank_sf(len(d))[int(ranks[d[order] > 0].sum())])
+
+
+def _exact_interval(pairs: Array, tail: Array, alpha: float) -> Interval:
+    """Median of the sorted pairwise values and the closed interval whose ends the test would not reject."""
+    small = np.flatnonzero(tail <= alpha / 2)
+    if not len(small):
+        return float(np.median(pairs)), None, None
+    cut = len(pairs) - int(small[0])
+    return float(np.median(pairs)), float(pairs[cut]), float(pairs[len(pairs) - 1 - cut])
+
+
+def hodges_lehmann(differences: Sequence[float] | Array, alpha: float = 0.05) -> Interval:
+    """Median of the pairwise means, and its exact interval. No interval below 6 values at 95 %."""
+    d = np.asarray(differences, dtype=np.float64)
+    if not len(d):
+        raise UsageError("no round is left to compare")
+    i, j = np.triu_indices(len(d))
+    return _exact_interval(np.sort((d[i] + d[j]) / 2), _signed_rank_sf(len(d)), alpha)
+
+
+def hodges_lehmann_shift(a: Sequence[float] | Array, b: Sequence[float] | Array, alpha: float = 0.05) -> Interval:
+    """Median of all differences a - b of two independent samples, and its exact interval (Mann-Whitney)."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if not len(x) or not len(y):
+        raise UsageError("no round is left to compare")
+    pairs = np.sort((x[:, None] - y[None, :]).ravel())
+    return _exact_interval(pairs, _rank_sum_sf(min(len(x), len(y)), max(len(x), len(y))), alpha)
+
+
+def _exp(interval: Interval) -> Interval:
+    mid, lo, hi = interval
+    return math.exp(mid), None if lo is None else math.exp(lo), None if hi is None else math.exp(hi)
+
+
+def summary(rounds: Rounds, alpha: float = 0.05) -> Interval:
+    """(time_s, low, high): median over rounds of the 25 % order statistic, with the exact interval between
+    two order statistics (sign test). Fewer than 6 rounds have no 95 % interval.
+
+    Raises:
+        UsageError: no round at all, or a sample that is not a time.
+    """
+    values = np.sort(q25(rounds)[~np.isnan(q25(rounds))])
+    n = len(values)
+    if not n:
+        raise UsageError("no round was measured")
+    below, k = 0.0, 0  # largest k with P(Binomial(n, 1/2) < k) <= alpha / 2
+    while k < n and (below := below + math.comb(n, k) / 2**n) <= alpha / 2:
+        k += 1
+    lo, hi = (float(values[k - 1]), float(values[n - k])) if k else (None, None)
+    return float(np.median(values)), lo, hi
+
+
+def ratio(rounds_a: Rounds, rounds_b: Rounds, alpha: float = 0.05) -> Interval:
+    """time a / time b of *paired* rounds (row r of both from the same round): above 1, a is slower.
+
+    Drift that a round shares cancels. `ratio_to_torch` is `ratio(torch's rounds, ours)`.
+    """
+    return _exp(hodges_lehmann(paired_logs(rounds_a, rounds_b), alpha))
+
+
+def unpaired_ratio(rounds_a: Rounds, rounds_b: Rounds, alpha: float = 0.05) -> Interval:
+    """time a / time b of two separate sessions. The interval holds within-session noise only: what
+    differs between two sessions (process, clock, temperature) is in the estimate, not in the interval."""
+    a, b = q25(rounds_a), q25(rounds_b)
+    return _exp(hodges_lehmann_shift(np.log(a[~np.isnan(a)]), np.log(b[~np.isnan(b)]), alpha))
+
+
+def tie_set(rounds_by_name: Mapping[str, Rounds], alpha: float = 0.05) -> tuple[str, set[str]]:
+    """(leader, names that cannot be told from it): those whose interval against the leader contains 1.
+
+    The leader has the smallest median. With too few rounds for an interval nobody can be told apart.
+    """
+    if not rounds_by_name:
+        raise UsageError("no competitor was measured")
+    leader = min(rounds_by_name, key=lambda name: summary(rounds_by_name[name])[0])
+    tied = {leader}
+    for name, rounds in rounds_by_name.items():
+        _, lo, hi = ratio(rounds, rounds_by_name[leader], alpha)
+        if lo is None or hi is None or lo <= 1.0 <= hi:
+            tied.add(name)
+    return leader, tied
+
+
+def holm(p: Sequence[float], alpha: float) -> list[bool]:
+    """Which hypotheses are rejected with a family-wise error of at most alpha, whatever their dependence."""
+    rejected = [False] * len(p)
+    for step, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        if not p[index] <= alpha / (len(p) - step):
+            break
+        rejected[index] = True
+    return rejected
+
+
+def geomean(values: Sequence[float]) -> float:
+    """Geometric mean of positive numbers: the mean for ratios."""
+    if not len(values) or not all(v > 0 for v in values):
+        raise UsageError("a geometric mean needs positive numbers")
+    return math.exp(math.fsum(math.log(v) for v in values) / len(values))
+
+
+def suite_ratio(pairs: Sequence[tuple[Rounds, Rounds]], alpha: float = 0.05) -> Interval:
+    """Geometric mean over cells of time a / time b, with an interval from the rounds' own means: a change
+    too small to see in one cell shows if it is everywhere. All cells must have the same rounds."""
+    logs = [np.log(q25(a)) - np.log(q25(b)) for a, b in pairs]
+    if not logs or len({len(x) for x in logs}) != 1:
+        raise UsageError("cells with different numbers of rounds have no common mean")
+    mean = np.mean(np.stack(logs), axis=0)
+    return _exp(hodges_lehmann(mean[np.isfinite(mean)], alpha))
+
+
+def detectable_effect(
+    differences: Sequence[float] | Array,
+    rounds: int | None = None,
+    alpha: float = 0.01,
+    power: float = 0.95,
+    margin: float = 0.0,
+) -> float | None:
+    """The smallest slowdown (0.03 = 3 %) that `rounds` such rounds would find with this power, one-sided.
+
+    Normal approximation with the signed-rank test's efficiency 3/pi: margin + sd * sqrt(pi/3) * (z_alpha +
+    z_power) / sqrt(rounds); 1.0 sd at 32 rounds and alpha = .01/200. None: so few rounds that no outcome
+    could be significant, or fewer than two to estimate the spread from.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    n = len(d) if rounds is None else rounds
+    if len(d) < 2 or 0.5**n > alpha:
+        return None
+    z = NormalDist().inv_cdf(1 - alpha) + NormalDist().inv_cdf(power)
+    return math.expm1(margin + float(np.std(d, ddof=1)) * math.sqrt(math.pi / 3 / n) * z)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Verdict on one cell: `ratio` is candidate time / base time with its 95 % interval; `p` of the
+    direction it went; `mde` the smallest change these rounds would have found."""
+
+    verdict: str  # slower, faster, same, inconclusive
+    ratio: float
+    lo: float | None
+    hi: float | None
+    p: float
+    mde: float | None
+    rounds: int
+
+
+def decide(
+    pairs: Mapping[Any, tuple[Rounds, Rounds]], margin: float = 0.005, same: float = 0.02, alpha: float = 0.01
+) -> dict[Any, Decision]:
+    """Base against candidate, {cell: (base rounds, candidate rounds)} of interleaved rounds.
+
+    `slower`/`faster`: by more than the margin; the chance of one false `slower` among all cells is at most
+    alpha, and the same for `faster` (Holm over exact p). `same`: the 95 % interval lies within 1 +- same. If
+    a screen chose these cells, the rounds must be fresh ones, taken after it.
+    """
+    logs = {cell: paired_logs(candidate, base) for cell, (base, candidate) in pairs.items()}
+    slow = [signed_rank_p(d - math.log1p(margin)) for d in logs.values()]
+    fast = [signed_rank_p(-d - math.log1p(margin)) for d in logs.values()]
+    is_slow, is_fast = holm(slow, alpha), holm(fast, alpha)
+    out: dict[Any, Decision] = {}
+    for i, (cell, d) in enumerate(logs.items()):
+        mid, lo, hi = _exp(hodges_lehmann(d)) if len(d) else (math.nan, None, None)
+        shown = lo is not None and hi is not None and 1 - same < lo and hi < 1 + same
+        verdict = "slower" if is_slow[i] else "faster" if is_fast[i] else "same" if shown else "inconclusive"
+        mde = detectable_effect(d, alpha=alpha / len(logs), margin=math.log1p(margin))
+        out[cell] = Decision(verdict, mid, lo, hi, min(slow[i], fast[i]), mde, len(d))
+    return out
+
+
+def screen(pairs: Mapping[Any, tuple[Rounds, Rounds]], margin: float = 0.005, alpha: float = 0.10) -> list[Any]:
+    """Cells worth confirming on fresh rounds: one-sided p at most alpha in either direction, uncorrected."""
+    flagged = []
+    for cell, (base, candidate) in pairs.items():
+        d = paired_logs(candidate, base)
+        if min(signed_rank_p(d - math.log1p(margin)), signed_rank_p(-d - math.log1p(margin))) <= alpha:
+            flagged.append(cell)
+    return flagged
