@@ -7,9 +7,10 @@ A record is a flat JSON object with the keys below; `None` always means *not mea
 from __future__ import annotations
 
 import math
+import reprlib
 import time
 import uuid
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from rooftune.core import Evidence, Status, UsageError
@@ -67,7 +68,7 @@ class Record:
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; NaN and infinities never get in."""
+        """Plain data. The store refuses NaN and infinities: unmeasured is None."""
         data = asdict(self)
         data["status"], data["evidence"] = str(self.status), str(self.evidence)
         return data
@@ -79,28 +80,76 @@ class Record:
         return self.problem, self.impl + (f":{call}" if call else "")
 
 
-_REQUIRED = {"problem": str, "op": str, "precision": str, "impl": str, "config": dict, "status": str, "evidence": str}
+_TEXT = ("problem", "op", "shape", "precision", "impl", "status", "evidence")
+_OPTIONAL_TEXT = ("reason", "source_hash", "run", "id", "kind")
 _NUMBERS = ("time_s", "ratio_to_torch", "tflops", "gbps", "roof")
+_INTERVALS = ("time_ci_s", "ratio_ci")
+_DICTS = ("device", "regime", "versions")
+_OPTIONAL_DICTS = ("error", "energy")
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
+
+
+def _is_rounds(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(r, list) and all(map(_positive, r)) for r in value)
+
+
+def _wrong_field(data: dict[str, Any]) -> tuple[str, str] | None:
+    """The first field that is missing or of the wrong type, and what was expected. Absent optional ones are fine."""
+    known = [f.name for f in fields(Record) if f.name in data]
+    optional = {f.name for f in fields(Record) if f.default is not MISSING or f.default_factory is not MISSING}
+    for key in dict.fromkeys((*_TEXT, "config", "default", *known)):
+        value = data.get(key)
+        if key not in data and key in optional:
+            continue
+        if key in (*_TEXT, *_OPTIONAL_TEXT):
+            fits, expected = isinstance(value, str), "text"
+        elif key in ("default", "tie"):
+            fits, expected = isinstance(value, bool), "true or false"
+        elif key in _NUMBERS:
+            fits, expected = value is None or _positive(value), "a positive number or null"
+        elif key in _INTERVALS:
+            pair = isinstance(value, list) and len(value) == 2 and all(map(_positive, value))
+            fits, expected = value is None or pair, "two positive numbers or null"
+        elif key == "rounds":
+            fits, expected = value is None or _is_rounds(value), "lists of positive numbers or null"
+        elif key == "resources":
+            rows = isinstance(value, list) and all(isinstance(row, dict) for row in value)
+            fits, expected = value is None or rows, "a list of objects or null"
+        elif key == "unix_time":
+            fits, expected = _positive(value), "seconds since 1970"
+        elif key in ("config", *_DICTS, *_OPTIONAL_DICTS):
+            fits = isinstance(value, dict) or (value is None and key in _OPTIONAL_DICTS)
+            expected = "an object"
+        else:
+            continue
+        if not fits:
+            return key, expected
+    return None
 
 
 def from_json(data: Any, where: str = "record") -> Record:
     """Read a record written by this or an older version; unknown keys of the same schema are dropped.
 
     Raises:
-        UsageError: not a record, a field of the wrong type, or a schema from the future.
+        UsageError: not a record, a field missing or of the wrong type, or a schema from the future.
     """
     if not isinstance(data, dict) or "schema" not in data:
         raise UsageError(f"{where}: not a rooftune record (no field 'schema')")
-    if not isinstance(data["schema"], int) or data["schema"] > SCHEMA:
-        raise UsageError(f"{where}: schema {data['schema']!r} is newer than ours ({SCHEMA}); update rooftune")
-    for key, kind in _REQUIRED.items():
-        if not isinstance(data.get(key), kind):
-            raise UsageError(f"{where}: field '{key}' is {data.get(key)!r}, expected {kind.__name__}")
-    for key in _NUMBERS:
-        value = data.get(key)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            raise UsageError(f"{where}: field '{key}' is {value!r}, expected a positive number or null")
-    if data["status"] not in set(Status):
-        raise UsageError(f"{where}: unknown status '{data['status']}'; known: {', '.join(Status)}")
-    known = {f.name for f in fields(Record)}
-    return Record(**{k: v for k, v in data.items() if k in known})
+    schema = data["schema"]
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise UsageError(f"{where}: field 'schema' is {schema!r}, expected a whole number")
+    if schema > SCHEMA:
+        raise UsageError(f"{where}: schema {schema} is newer than ours ({SCHEMA}); update rooftune")
+    if wrong := _wrong_field(data):
+        key, expected = wrong
+        found = f"is {reprlib.repr(data[key])}" if key in data else "is missing"
+        raise UsageError(f"{where}: field '{key}' {found}, expected {expected}")
+    for key, known in (("status", list(Status)), ("evidence", list(Evidence))):
+        if data[key] not in known:
+            raise UsageError(f"{where}: unknown {key} '{data[key]}'; known: {', '.join(known)}")
+    names = {f.name for f in fields(Record)}
+    return Record(**{k: v for k, v in data.items() if k in names})

@@ -241,7 +241,7 @@ class Decision:
     direction it went; `mde` the smallest change these rounds would have found."""
 
     verdict: str  # slower, faster, same, inconclusive
-    ratio: float
+    ratio: float | None  # None: no round in common
     lo: float | None
     hi: float | None
     p: float
@@ -264,7 +264,7 @@ def decide(
     is_slow, is_fast = holm(slow, alpha), holm(fast, alpha)
     out: dict[Any, Decision] = {}
     for i, (cell, d) in enumerate(logs.items()):
-        mid, lo, hi = _exp(hodges_lehmann(d)) if len(d) else (math.nan, None, None)
+        mid, lo, hi = _exp(hodges_lehmann(d)) if len(d) else (None, None, None)
         shown = lo is not None and hi is not None and 1 - same < lo and hi < 1 + same
         verdict = "slower" if is_slow[i] else "faster" if is_fast[i] else "same" if shown else "inconclusive"
         mde = detectable_effect(d, alpha=alpha / len(logs), margin=math.log1p(margin))
