@@ -1,0 +1,139 @@
+"""torch's matrix products: matmul, addmm, _addmm_activation, oneDNN linear, _int_mm, _scaled_mm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rooftune.check import Run
+from rooftune.core import Config, Problem, Space, UsageError
+from rooftune.kernels.common.torch import device, publish, set_matmul_precision
+
+DEVICES = ("cpu", "cuda", "rocm")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8")
+BASELINE = True
+
+FLOATS = ("fp32", "tf32", "fp16", "bf16")
+WIDE = ("fp32", "tf32")
+Applies = Callable[[str, str], bool]  # (precision, epilogue)
+CALLS: dict[str, Applies] = {
+    "matmul": lambda p, e: p in FLOATS and e == "none",
+    # gelu of a sum that was rounded to 16 bits is up to 1.2x beyond the tolerance, hence not for those
+    "addmm": lambda p, e: p in FLOATS and e != "none" and (p in WIDE or e != "bias_gelu"),
+    "addmm_activation": lambda p, e: p in FLOATS and e == "bias_relu",  # its gelu is the tanh form on CUDA
+    "mm_fp32": lambda p, e: p in ("fp16", "bf16") and e == "bias_gelu",  # CUDA
+    # CPU; its relu turns NaN into 0, hence not for that
+    "onednn_linear": lambda p, e: p in ("fp32", "fp16", "bf16") and e in ("bias", "bias_gelu"),
+    "int_mm": lambda p, e: p == "int8",
+    "scaled_mm": lambda p, e: p == "fp8",
+    "scaled_mm_fast": lambda p, e: p == "fp8",
+}
+
+
+def _applies(config: Config, problem: Problem) -> bool:
+    return CALLS[config["call"]](problem.precision, problem.flag("epilogue", "none"))
+
+
+def _default(problem: Problem) -> Config:
+    epilogue = problem.flag("epilogue", "none")
+    if problem.precision in ("int8", "fp8"):
+        return {"call": {"int8": "int_mm", "fp8": "scaled_mm"}[problem.precision]}
+    if epilogue == "bias_gelu" and problem.precision not in WIDE:
+        return {"call": "mm_fp32" if device() == "cuda" else "onednn_linear"}
+    return {"call": "matmul" if epilogue == "none" else "addmm"}
+
+
+SPACE = Space(axes={"call": tuple(CALLS)}, where=(_applies,), default=_default, entrants="call")
+
+
+def _activate(epilogue: str) -> Callable[[Any], Any]:
+    """The part of an epilogue after the bias, in place."""
+    if epilogue == "bias_relu":
+        return torch.relu_
+    if epilogue == "bias_gelu":
+        return torch.ops.aten.gelu_
+    return lambda out: out
+
+
+def _views(problem: Problem) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """op(a): [m, k] and op(b): [k, n] as views of what is stored."""
+    ta, tb = tuple(problem.flag("transpose", "nn"))
+    return lambda a, b: (a if ta == "n" else a.t(), b if tb == "n" else b.t())
+
+
+def build(problem: Problem, config: Config) -> Run:
+    """run(out: [m, n], a, b[, scale_a, scale_b][, bias]), stored as the flag transpose says.
+
+    Two calls allocate their result and contain a copy into `out`: `onednn_linear` (what torch.compile with
+    frozen weights calls on a CPU: bias and activation fused into the product) and `mm_fp32`, where the
+    copy is the rounding to 16 bits.
+
+    Raises:
+        UsageError: the call does not exist on this device or for these sizes.
+    """
+    set_matmul_precision(problem)
+    torch.set_grad_enabled(False)
+    call, epilogue = config["call"], problem.flag("epilogue", "none")
+    views, activate = _views(problem), _activate(epilogue)
+
+    def matmul(out: Any, a: Any, b: Any) -> None:
+        torch.matmul(*views(a, b), out=out)
+
+    def addmm(out: Any, a: Any, b: Any, bias: Any) -> None:
+        torch.addmm(bias, *views(a, b), out=out)
+        activate(out)
+
+    def addmm_activation(out: Any, a: Any, b: Any, bias: Any) -> None:
+        torch._addmm_activation(bias, *views(a, b), use_gelu=False, out=out)
+
+    def mm_fp32(out: Any, a: Any, b: Any, bias: Any) -> None:
+        publish(out, activate(torch.mm(*views(a, b), out_dtype=torch.float32).add_(bias)))
+
+    def int_mm(out: Any, a: Any, b: Any) -> None:
+        torch._int_mm(*views(a, b), out=out)
+
+    if call == "onednn_linear":
+        return _onednn_linear(problem)
+    if call.startswith("scaled_mm"):
+        return _scaled_mm(problem, call == "scaled_mm_fast", activate)
+    if call == "mm_fp32" and device() != "cuda":
+        raise UsageError("torch.mm with another output type exists on GPUs only")
+    if call == "int_mm" and device() == "cuda" and (problem["m"] <= 16 or problem["n"] % 8 or problem["k"] % 8):
+        raise UsageError("torch._int_mm on a GPU wants m > 16 and n, k multiples of 8")
+    runs: dict[str, Run] = {
+        "matmul": matmul,
+        "addmm": addmm,
+        "addmm_activation": addmm_activation,
+        "mm_fp32": mm_fp32,
+        "int_mm": int_mm,
+    }
+    return runs[call]
+
+
+def _onednn_linear(problem: Problem) -> Run:
+    if device() != "cpu" or not torch.backends.mkldnn.is_available():
+        raise UsageError("oneDNN linear exists on CPUs only")
+    views = _views(problem)
+    attr, algorithm = ("gelu", "none") if problem.flag("epilogue") == "bias_gelu" else ("none", "")
+    linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def run(out: Any, a: Any, b: Any, bias: Any) -> None:
+        left, right = views(a, b)
+        publish(out, linear(left, right.t(), bias, attr, [], algorithm))
+
+    return run
+
+
+def _scaled_mm(problem: Problem, fast: bool, activate: Callable[[Any], Any]) -> Run:
+    if device() == "cuda" and (problem["n"] % 16 or problem["k"] % 16):
+        raise UsageError("torch._scaled_mm on a GPU wants n and k multiples of 16")
+    if device() != "cuda" and fast:
+        raise UsageError("fast accumulation exists on GPUs only")
+
+    def run(out: Any, a: Any, b: Any, scale_a: Any, scale_b: Any, bias: Any = None) -> None:
+        torch._scaled_mm(a, b.t(), scale_a, scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=fast, out=out)
+        activate(out)
+
+    return run
