@@ -31,6 +31,7 @@ SHORT_GPU_S = 20e-6  # events resolve about 0.5 us: below this a single call is 
 BATCH_GPU_S = 50e-6  # ... and at this batch length 1 %
 BLOCK_TRIES = 5  # each try blocks four times longer
 WARM_GPU_CALLS = 3
+LAUNCH_GPU_S = 1e-3  # no launch and wait costs that much more than the kernel: 0.05 ms is usual
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ def _batch(run: Run, rotation: Iterator[tuple[Any, ...]], calls: int, now: Calla
     return (now() - start) / 1e9
 
 
+def _positive(figures: list[float], clock: str) -> None:
+    if min(figures) <= 0:
+        raise UsageError(f"the {clock} clock saw no time pass in a sample; take the wall clock or more calls a sample")
+
+
 def _time_cpu_hot(
     run: Run, rotation: Iterator[tuple[Any, ...]], samples: int, min_sample_s: float, clock: str, calls: int | None
 ) -> Timing:
@@ -134,6 +140,7 @@ def _time_cpu_hot(
         start = time.perf_counter_ns()
         figures.append(_batch(run, rotation, calls, now) / calls)
         walls.append((time.perf_counter_ns() - start) / 1e9 / calls)
+    _positive(figures, clock)
     return Timing(figures, calls, clock, "hot", None if clock == "wall" else statistics.median(walls))
 
 
@@ -169,6 +176,7 @@ def _time_cpu_cold(
             wall += time.perf_counter_ns() - begin
         figures.append(taken / calls)
         walls.append(wall / 1e9 / calls)
+    _positive(figures, clock)
     return Timing(
         figures, calls, clock, "cold", None if clock == "wall" else statistics.median(walls), [note] if note else []
     )
@@ -193,7 +201,7 @@ class _Stream:
     def __init__(self, device: str) -> None:
         import torch
 
-        self.torch = torch
+        self.torch: Any = torch
         self.device = torch.device(device.replace("rocm", "cuda"))
         self.notes: list[str] = []
         self.cycles = 200_000  # some 0.1 ms at 2 GHz, adapted by `behind_blocker`
@@ -236,7 +244,7 @@ class _Stream:
                 self.cycles *= 4
         else:
             self.note("launch gaps may be inside the time: the call waits for the device, or launches too slowly")
-        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3
+        return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1e3
 
     def note(self, text: str) -> None:
         if text and text not in self.notes:
@@ -275,4 +283,6 @@ def _time_gpu(
             run(*args)
             torch.cuda.synchronize()
             walls.append((time.perf_counter_ns() - start) / 1e9)
+    if min(walls) > 3 * max(figures) + LAUNCH_GPU_S:
+        stream.note("the device works on long after the timed stream has finished: work on another stream")
     return Timing(figures, calls, "device", cache, statistics.median(walls), stream.notes)
