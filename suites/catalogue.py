@@ -1,0 +1,92 @@
+"""Which problems: a suite is a file in this folder with a literal `PROBLEMS`, and nothing else lists it.
+
+`PROBLEMS = {"cpu": {op: (template, ...)}, "cuda": {...}}`; a template is a problem without its precision,
+such as `gemm[m=512,n=512,k=512]`. The CPU has lists of its own: a call should take milliseconds there too.
+ROCm devices use the list of `cuda`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from rooftune import registry
+from rooftune.core import PRECISIONS, Problem, UsageError, unknown
+
+HERE = Path(__file__).parent
+Lists = dict[str, dict[str, tuple[str, ...]]]  # device kind -> operator -> templates
+
+
+@cache
+def _read(path: Path) -> tuple[Lists, str]:
+    """`PROBLEMS` and the first docstring line of a file, without running it; no suite: ({}, "")."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as Python: {error}") from error
+    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["PROBLEMS"]:
+            try:
+                return ast.literal_eval(node.value), summary
+            except ValueError as error:
+                raise UsageError(f"{path}: PROBLEMS must be a literal: listing imports nothing") from error
+    return {}, ""
+
+
+def names() -> tuple[str, ...]:
+    """The suites, in alphabetical order."""
+    return tuple(sorted(path.stem for path in HERE.glob("*.py") if _read(path)[0]))
+
+
+def summary(suite: str) -> str:
+    """One line about a suite.
+
+    Raises:
+        UsageError: there is no such suite.
+    """
+    return _read(_path(suite))[1]
+
+
+def _path(suite: str) -> Path:
+    if suite not in names():
+        raise unknown("suite", suite, names(), f"a suite is a file in {HERE.name}/")
+    return HERE / f"{suite}.py"
+
+
+def problems(suite: str, ops: Sequence[str], precisions: Sequence[str], device_kind: str) -> list[Problem]:
+    """The problems of a suite: by operator in the order given, then as listed, each in every precision.
+
+    A precision that an operator does not have (tf32 softmax) is left out there.
+
+    Raises:
+        UsageError: unknown suite, operator or precision, or nothing is left.
+    """
+    for name in precisions:
+        if name not in PRECISIONS:
+            raise unknown("precision", name, list(PRECISIONS))
+    lists = _read(_path(suite))[0]
+    listed = lists.get(device_kind, lists.get("cuda" if device_kind != "cpu" else "cpu", {}))
+    found: dict[Problem, None] = {}
+    for name in ops:
+        op = registry.op(name)
+        for template in listed.get(name, ()):
+            for precision in precisions:
+                if precision in op.precisions:
+                    found[registry.problem(_fitted(Problem.parse(template).replace(precision=precision)))] = None
+    if not found:
+        asked = f"{', '.join(ops) or 'no operator'} in {', '.join(precisions) or 'no precision'} on {device_kind}"
+        raise UsageError(f"suite {suite} has no problem for {asked}; it holds {', '.join(listed) or 'nothing'}")
+    return list(found)
+
+
+def _fitted(problem: Problem) -> Problem:
+    """A product in the form its precision has: fp8 exists as `transpose=nt` only, int8 without epilogue."""
+    flags = dict(problem.flags)
+    if problem.op == "gemm" and problem.precision == "fp8":
+        flags["transpose"] = "nt"
+    elif problem.op == "gemm" and problem.precision == "int8":
+        flags.pop("epilogue", None)
+    return Problem(problem.op, problem.dims, problem.precision, tuple(sorted(flags.items())))
