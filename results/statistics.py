@@ -204,14 +204,18 @@ def geomean(values: Sequence[float]) -> float:
     return math.exp(math.fsum(math.log(v) for v in values) / len(values))
 
 
-def suite_ratio(pairs: Sequence[tuple[Rounds, Rounds]], alpha: float = 0.05) -> Interval:
-    """Geometric mean over cells of time a / time b, with an interval from the rounds' own means: a change
-    too small to see in one cell shows if it is everywhere. All cells must have the same rounds."""
-    logs = [np.log(q25(a)) - np.log(q25(b)) for a, b in pairs]
-    if not logs or len({len(x) for x in logs}) != 1:
+def suite_rounds(cells: Sequence[Rounds]) -> list[list[float]]:
+    """All cells of a suite as one: per round the geometric mean over cells, an empty round where one lost it.
+
+    Two of these, compared like any cell, show a change that is everywhere but too small to see in one cell.
+
+    Raises:
+        UsageError: no cells, or cells with different numbers of rounds.
+    """
+    if not cells or len({len(rounds) for rounds in cells}) != 1:
         raise UsageError("cells with different numbers of rounds have no common mean")
-    mean = np.mean(np.stack(logs), axis=0)
-    return _exp(hodges_lehmann(mean[np.isfinite(mean)], alpha))
+    means = np.mean(np.stack([np.log(q25(rounds)) for rounds in cells]), axis=0)
+    return [[math.exp(mean)] if math.isfinite(mean) else [] for mean in means.tolist()]
 
 
 def detectable_effect(
