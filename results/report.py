@@ -93,11 +93,13 @@ def _ratio(value: float | None, interval: Sequence[float | None] | None, wide: b
     return "" if value is None else f"{value:.3f}x" + _spread(value, interval, wide)
 
 
-def name_of(record: Record) -> str:
-    """Competitor, its call, and a tuned config in short: `triton block_m=64 num_warps=8`."""
+def name_of(record: Record, short: bool = False) -> str:
+    """Competitor, its call, and a tuned config: `triton block_m=64 num_warps=8`, or in short `triton bm64 nw8`."""
     name = record.cell[1].partition("/")[2] or record.cell[1]
     if record.default or record.config.get("call"):
         return name
+    if short:
+        return f"{name} " + " ".join("".join(w[:1] for w in k.split("_")) + str(v) for k, v in record.config.items())
     return f"{name} " + " ".join(f"{k}={v}" for k, v in record.config.items())
 
 
@@ -205,13 +207,19 @@ def _race(group: list[Record], console: Console, problem: str, device: str, boun
     for record in timed:
         mark = (" ★" if tied == 1 else " ≈") if record.tie else ""
         rate = record.tflops if unit == "TFLOP/s" else record.gbps
-        row = [name_of(record), record.status + mark, _time(record, wide), _number(rate)]
+        row = [name_of(record, short=True), record.status + mark, _time(record, wide), _number(rate)]
         row += ["" if record.roof is None else f"{record.roof * 100:.1f}%"]
         row += [_ratio(record.ratio_to_torch, record.ratio_ci, wide)]
         row += [_number(_joules(record), 1e3)] if energy else []
         rows.append(([*row, _error(record)], "green" if record.tie else ""))
     for record in lost:
-        row = [name_of(record), str(record.status), "see below", *[""] * (4 if energy else 3), _error(record)]
+        row = [
+            name_of(record, short=True),
+            str(record.status),
+            "see below",
+            *[""] * (4 if energy else 3),
+            _error(record),
+        ]
         rows.append((row, "red"))
     if rows:
         title = " · ".join(part for part in (problem, device, _regime(timed)) if part)
