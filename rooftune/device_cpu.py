@@ -122,7 +122,8 @@ def _model() -> str:
     return info.get("model name") or (f"Arm {arm}" if arm else "") or platform.processor() or platform.machine()
 
 
-def _flags() -> set[str]:
+def flags() -> set[str]:
+    """Every feature flag of the processor, in Linux's names."""
     info = _cpuinfo(ROOT)
     return set((info.get("flags") or info.get("Features") or "").split())
 
@@ -134,7 +135,7 @@ def hypervisor() -> str | None:
         if word in clocks:
             return name
     named = _text("sys/hypervisor/type")
-    if named or "hypervisor" not in _flags():
+    if named or "hypervisor" not in flags():
         return named
     return _text("sys/class/dmi/id/sys_vendor") or "unnamed"
 
@@ -193,7 +194,7 @@ def fingerprint(index: int = 0) -> dict[str, Scalar]:
     virtual = hypervisor()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     total, free = memory()
-    flags = _flags()
+    features = flags()
     machine = _text("etc/machine-id")
     found: dict[str, Scalar] = {
         "model": _model(),
@@ -205,7 +206,7 @@ def fingerprint(index: int = 0) -> dict[str, Scalar]:
         "physical_cores": len(topology) or None,
         "smt": None if siblings is None else bool({",", "-"} & set(siblings)),
         **caches(),
-        "flags": " ".join(f for f in FLAGS if f in flags),
+        "flags": " ".join(f for f in FLAGS if f in features),
         "governor": governor,
         "turbo": None if no_turbo is None else no_turbo == 0,
         "load_1m": None if load is None else round(load, 2),

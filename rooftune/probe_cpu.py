@@ -1,0 +1,213 @@
+"""CPU ceilings: copy by working set, torch's matrix product by precision, and fp32 FMA from registers."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rooftune import device_cpu
+from rooftune.probe import Entry, entry, missing
+
+COPY_SETS = (2**18, 2**21, 2**24, 2**27)  # one core's L2 and below, L2, one L3 slice, a large L3
+COPY_SAMPLE_S = 2e-3
+LIMIT_S = 0.25
+MATRIX_SIZES = (512, 1024, 2048)
+MATRIX_BUDGET_S = 0.3  # a precision; the first size always runs
+FMA_CHAINS = 16  # two pipes of latency 4 need 8; 16 of 32 registers leave room, and none spills on AVX2's 16
+
+
+def best_rates(call: Callable[[], Any], work: float, samples: int, sample_s: float) -> list[float]:
+    """Work a second in each of the samples, each some calls long; the first call is not timed.
+
+    Three samples at least, and then no more once they have taken `LIMIT_S`: a loaded machine is no
+    reason to wait for it ten times as long.
+    """
+    call()
+    once = math.inf
+    rates: list[float] = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        once = min(once, time.perf_counter() - start)
+    calls, begun = max(1, math.ceil(sample_s / max(once, 1e-7))), time.perf_counter()
+    while len(rates) < 3 or (len(rates) < samples and time.perf_counter() - begun < LIMIT_S):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        rates.append(calls * work / (time.perf_counter() - start))
+    return rates
+
+
+def in_threads(work: Callable[[int], Any], threads: int) -> None:
+    """Run `work(0)`, `work(1)`... at once, the last one in this thread."""
+    others = [threading.Thread(target=work, args=(i,)) for i in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    work(threads - 1)
+    for thread in others:
+        thread.join()
+
+
+def _copies(threads: int, samples: int) -> list[dict[str, Any]]:
+    """Copy bandwidth, bytes read and written, of source and destination of several sizes together."""
+    import torch
+
+    free = device_cpu.memory()[1] or 2**31
+    beyond = min(max(2 * device_cpu.last_level_bytes(), 2**28), free // 4)
+    found = []
+    for size in sorted({*(s for s in COPY_SETS if s < beyond), beyond}):
+        source = torch.full((size // 2,), 85, dtype=torch.uint8)  # written once, so every page is its own
+        target = torch.zeros_like(source)
+        step = size // 2 // threads
+
+        def copy(target: Any = target, source: Any = source) -> None:
+            target.copy_(source)
+
+        def move(target: Any = target, source: Any = source, step: int = step) -> None:
+            here, there = source.data_ptr(), target.data_ptr()
+            in_threads(lambda i: ctypes.memmove(there + i * step, here + i * step, step), threads)
+
+        ways = {}
+        for used in sorted({1, threads}):  # one thread needs no waking, and wins at 256 KiB
+            torch.set_num_threads(used)
+            ways[f"torch copy_, threads={used}"] = best_rates(copy, size / 1e9, samples, COPY_SAMPLE_S)
+        if size > 2**24:  # the C library may write past the cache, which saves a third of the traffic
+            ways[f"memmove, threads={threads}"] = best_rates(move, step * threads * 2 / 1e9, samples, COPY_SAMPLE_S)
+        how = max(ways, key=lambda w: max(ways[w]))
+        found.append({"working_set_bytes": size, **entry(ways[how], "GB/s", how)})
+    torch.set_num_threads(threads)
+    return found
+
+
+def _product(precision: str, size: int) -> Callable[[], Any]:
+    """A square matrix product on random data, into a given output."""
+    import torch
+
+    if precision == "int8":
+        a = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+        out = torch.empty(size, size, dtype=torch.int32)
+        return lambda: torch._int_mm(a, a, out=out)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a = torch.randn(size, size).to(dtype)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, a, out=out)
+
+
+def _matrix(precision: str, samples: int, quick: bool) -> Entry:
+    """Best torch matrix product over square sizes, as long as the time of a size allows the next."""
+    unit = "TOP/s" if precision == "int8" else "TFLOP/s"
+    best: Entry | None = None
+    left = MATRIX_BUDGET_S if quick else 8 * MATRIX_BUDGET_S
+    for size in MATRIX_SIZES if quick else (*MATRIX_SIZES, 4096):
+        # A size costs a first call, one to count, and the samples: 8 times the work of the size before.
+        if best is not None and 2 * size**3 / (best["value"] * 1e12) * (samples + 2) > left:
+            break
+        start = time.perf_counter()
+        try:
+            rates = best_rates(_product(precision, size), 2 * size**3 / 1e12, samples, 0.0)
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            return missing(unit, f"torch does not multiply {precision} on this CPU: {str(error).splitlines()[0][:120]}")
+        left -= time.perf_counter() - start
+        name = "torch._int_mm" if precision == "int8" else "torch.mm"
+        found = entry(rates, unit, f"{name} {size}x{size}x{size}")
+        best = found if best is None or found["value"] > best["value"] else best
+    assert best is not None
+    return best
+
+
+def lanes(flags: set[str]) -> int:
+    """fp32 lanes of the widest vector unit."""
+    return 16 if "avx512f" in flags else 8 if "fma" in flags else 4
+
+
+def _fma_loop(width: int) -> Callable[[int], float]:
+    """Compile `loop(n)`: n rounds of `FMA_CHAINS` independent FMAs that never leave the registers; drops the GIL."""
+    import numba
+    from llvmlite import ir
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic
+
+    vector, integer = ir.VectorType(ir.FloatType(), width), ir.IntType(64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        form = ir.FunctionType(vector, [vector] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, form, f"llvm.fma.v{width}f32")
+        before = builder.block
+        loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        left = builder.phi(integer)
+        chains = [builder.phi(vector) for _ in range(FMA_CHAINS)]
+        # x = x*a + b tends to 1: finite and normal for ever. Every chain starts elsewhere, so none is shared.
+        a, b = (ir.Constant(vector, [value] * width) for value in (0.875, 0.125))
+        after = [builder.call(fma, [x, a, b]) for x in chains]
+        fewer = builder.sub(left, ir.Constant(integer, 1))
+        builder.cbranch(builder.icmp_signed(">", fewer, ir.Constant(integer, 0)), loop, done)
+        left.add_incoming(args[0], before)
+        left.add_incoming(fewer, loop)
+        for number, (x, next_x) in enumerate(zip(chains, after, strict=True)):
+            x.add_incoming(ir.Constant(vector, [2.0 + number] * width), before)
+            x.add_incoming(next_x, loop)
+        builder.position_at_end(done)
+        total = after[0]
+        for x in after[1:]:
+            total = builder.fadd(total, x)
+        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def chained(typing_context: Any, count: Any) -> Any:
+        return types.float32(types.int64), generate
+
+    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    def rounds(count: int) -> Any:
+        return chained(count)
+
+    rounds(1)  # compiled here, not in two threads at once
+    compiled: Callable[[int], float] = rounds
+    return compiled
+
+
+def _vector(threads: int, samples: int) -> Entry:
+    """fp32 FMA rate from registers, all threads at once: what no kernel on the vector units exceeds."""
+    if not all(importlib.util.find_spec(package) for package in ("numba", "llvmlite")):
+        return missing("TFLOP/s", "numba is not installed")
+    width, count = lanes(device_cpu.flags()), 500_000
+    try:
+        loop = _fma_loop(width)
+    except ImportError as error:  # numba refuses a numpy newer than it knows
+        return missing("TFLOP/s", f"numba cannot be imported: {error}")
+    flops, rates = 2 * width * FMA_CHAINS * count / 1e12, []
+
+    def timed(index: int) -> None:
+        start = time.thread_time()
+        loop(count)
+        speeds[index] = flops / (time.thread_time() - start)
+
+    for _ in range(samples):
+        speeds = [0.0] * threads
+        in_threads(timed, threads)  # each thread on its own CPU clock: waiting for a core is not the core's rate
+        rates.append(sum(speeds))
+    return entry(rates, "TFLOP/s", f"{FMA_CHAINS} chains of {width} lanes, threads={threads}, thread CPU time")
+
+
+def ceilings(threads: int, quick: bool = True) -> dict[str, Any]:
+    """See `rooftune.probe.ceilings`. Sets torch's threads for the rest of the process."""
+    import torch
+
+    torch.set_num_threads(threads)
+    samples = 5 if quick else 20
+    matrix = {p: _matrix(p, samples, quick) for p in ("fp32", "bf16", "fp16", "int8")}
+    vector = _vector(threads, samples)
+    best = max((matrix["fp32"], vector), key=lambda e: e["value"] or 0.0)
+    for precision in ("bf16", "fp16"):  # 16-bit values turn into fp32 on the way in, so fp32's rate is a floor
+        if (matrix[precision]["value"] or 0.0) < best["value"]:
+            note = f"fp32 rate ({best['how']}): torch.mm in {precision} is slower"
+            matrix[precision] = {**best, "how": note}
+    matrix["tf32"] = missing("TFLOP/s", "a CPU has no tf32")
+    matrix["fp8"] = missing("TFLOP/s", "torch does not multiply fp8 on a CPU")
+    return {"copy": _copies(threads, samples), "matrix": matrix, "vector": {"fp32": vector}, "datasheet": None}
