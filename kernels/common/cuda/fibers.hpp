@@ -1,0 +1,250 @@
+// One fiber per CUDA thread: the scheduler under the host emulation.
+//
+// Blocks run one after another. A thread runs until it meets a barrier or a warp collective that others
+// have not reached, then the next one runs; the order of threads is forward, reverse, or shuffled anew in
+// every pass, so a result that depends on it (a missing barrier) shows as a difference. When nobody can
+// go on, the process says where everybody stands and aborts.
+#pragma once
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace rt::host {
+
+constexpr unsigned WARP = 32;
+constexpr size_t STACK_BYTES = 128 << 10;  // accumulators and fragments of a thread take some KiB
+constexpr size_t SHARED_BYTES = 232448;    // the most a block may have on compute capability 9.0
+constexpr size_t FENCE_BYTES = 1024;       // behind the shared memory: a write there is an error
+constexpr int POISON = 0xFF;               // every byte: NaN in each float format, -1 in integers
+
+[[noreturn]] inline void fail(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  std::fputs("rooftune emulation: ", stderr);
+  std::vfprintf(stderr, format, args);
+  std::fputc('\n', stderr);
+  va_end(args);
+  std::abort();
+}
+
+// ---- switching stacks ----
+#if defined(__x86_64__)
+struct Context { void* stack_pointer = nullptr; };
+// Save the callee-saved registers and the stack of `from`, continue on that of `to` (System V ABI).
+extern "C" void rooftune_switch(Context* from, Context* to);
+asm(R"(
+.text
+.weak rooftune_switch
+.type rooftune_switch, @function
+rooftune_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq (%rsi), %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size rooftune_switch, .-rooftune_switch
+)");
+inline void switch_to(Context& from, Context& to) { rooftune_switch(&from, &to); }
+inline void prepare(Context& context, char* stack, void (*entry)()) {
+  // entry's return address (never used) sits where the ABI wants it: 8 below a multiple of 16
+  void** top = reinterpret_cast<void**>(stack + STACK_BYTES - 64);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; i++) *--top = nullptr;
+  context.stack_pointer = top;
+}
+#else
+struct Context { ucontext_t state; };
+inline void switch_to(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
+inline void prepare(Context& context, char* stack, void (*entry)()) {
+  getcontext(&context.state);
+  context.state.uc_stack.ss_sp = stack;
+  context.state.uc_stack.ss_size = STACK_BYTES;
+  context.state.uc_link = nullptr;
+  makecontext(&context.state, entry, 0);
+}
+#endif
+
+enum class State : unsigned char { ready, at_block_barrier, at_warp_collective, done };
+enum class Order : int { forward, reverse, random };
+
+struct Copy { char* target; const char* source; int bytes; };  // no source: zeros
+
+struct Fiber {
+  Context context;
+  std::unique_ptr<char[]> stack;
+  unsigned index = 0;
+  State state = State::ready;
+  const char* at = "";          // the warp collective this thread waits in
+  unsigned mask = 0;            // the lanes it expects there
+  void* slot = nullptr;         // what it brings, on its own stack
+  std::vector<std::vector<Copy>> groups;  // asynchronous copies under way, oldest first
+  std::vector<Copy> issued;               // not yet committed
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<unsigned> waiting;  // per warp: lanes that have arrived at a collective
+  unsigned threads = 0, live = 0, at_barrier = 0, index = 0, grid = 0;
+  Fiber* current = nullptr;
+  Context scheduler;
+  std::function<void()> body;
+  alignas(1024) char shared[SHARED_BYTES + FENCE_BYTES];
+};
+inline Block the_block;
+inline Block& block() { return the_block; }
+
+// Let others run; comes back when somebody has made this thread ready.
+inline void suspend(State state) {
+  Block& b = block();
+  Fiber& me = *b.current;
+  me.state = state;
+  switch_to(me.context, b.scheduler);
+}
+
+inline void release_barrier_if_complete() {
+  Block& b = block();
+  if (b.at_barrier == 0 || b.at_barrier < b.live) return;
+  b.at_barrier = 0;
+  for (Fiber& f : b.fibers)
+    if (f.state == State::at_block_barrier) f.state = State::ready;
+}
+
+// Every thread that has not returned must come here (as on compute capability 7.0 and newer).
+inline void block_barrier() {
+  Block& b = block();
+  if (++b.at_barrier < b.live) return suspend(State::at_block_barrier);
+  b.current->state = State::ready;
+  release_barrier_if_complete();
+}
+
+// All lanes of `mask` meet; the last to come runs `combine(slots)`, with the slots of all 32 lanes (null
+// outside the mask), and each goes on with what combine left in its own slot.
+template <class Combine> void collective(const char* name, unsigned mask, void* slot, Combine combine) {
+  Block& b = block();
+  Fiber& me = *b.current;
+  const unsigned lane = me.index % WARP, first = me.index - lane;
+  unsigned& waiting = b.waiting[me.index / WARP];
+  if (!(mask >> lane & 1)) fail("thread %u calls %s with mask %08x, which leaves it out", me.index, name, mask);
+  me.at = name;
+  me.mask = mask;
+  me.slot = slot;
+  waiting |= 1u << lane;
+  if ((waiting & mask) != mask) return suspend(State::at_warp_collective);
+  void* slots[WARP] = {};
+  for (unsigned i = 0; i < WARP; i++) {
+    if (!(mask >> i & 1)) continue;
+    Fiber& other = b.fibers[first + i];
+    if (other.mask != mask || std::strcmp(other.at, name) != 0)
+      fail("thread %u is at %s (mask %08x) while thread %u of its warp is at %s (mask %08x)", me.index, name, mask,
+           other.index, other.at, other.mask);
+    slots[i] = other.slot;
+  }
+  combine(slots);
+  waiting &= ~mask;
+  for (unsigned i = 0; i < WARP; i++)
+    if (mask >> i & 1) b.fibers[first + i].state = State::ready;
+}
+
+[[noreturn]] inline void report_deadlock() {
+  Block& b = block();
+  std::string where;
+  unsigned listed = 0;
+  for (Fiber& f : b.fibers)
+    if (f.state == State::at_warp_collective && listed++ < 4)
+      where += "; thread " + std::to_string(f.index) + " at " + f.at;
+  fail("deadlock in block %u: of %u threads %u have returned, %u wait at __syncthreads, %u in a warp collective%s",
+       b.index, b.threads, b.threads - b.live, b.at_barrier, b.live - b.at_barrier, where.c_str());
+}
+
+inline void fiber_main() {
+  Block& b = block();
+  b.body();
+  b.live--;
+  b.current->state = State::done;
+  release_barrier_if_complete();
+  switch_to(b.current->context, b.scheduler);
+  std::abort();  // a finished thread is never resumed
+}
+
+inline void run_block(Order order, uint32_t& seed) {
+  Block& b = block();
+  b.live = b.threads;
+  b.at_barrier = 0;
+  b.waiting.assign(b.threads / WARP, 0);
+  for (Fiber& f : b.fibers) {
+    f.state = State::ready;
+    f.groups.clear();
+    f.issued.clear();
+    prepare(f.context, f.stack.get(), fiber_main);
+  }
+  std::vector<unsigned> turn(b.threads);
+  std::iota(turn.begin(), turn.end(), 0u);
+  if (order == Order::reverse)
+    for (unsigned i = 0; i < b.threads; i++) turn[i] = b.threads - 1 - i;
+  while (b.live) {
+    if (order == Order::random)
+      for (unsigned i = b.threads - 1; i; i--) {
+        seed = seed * 1664525u + 1013904223u;  // the generator of Numerical Recipes
+        std::swap(turn[i], turn[(seed >> 8) % (i + 1)]);
+      }
+    bool progress = false;
+    for (unsigned i : turn) {
+      Fiber& f = b.fibers[i];
+      if (f.state != State::ready) continue;
+      progress = true;
+      b.current = &f;
+      switch_to(b.scheduler, f.context);
+    }
+    if (b.live && !progress) report_deadlock();
+  }
+}
+
+// Run a grid: shared memory holds POISON when a block starts, and its fence is looked at when it ends.
+inline void launch(unsigned grid, unsigned threads, size_t shared, Order order, uint32_t seed,
+                   std::function<void()> body) {
+  Block& b = block();
+  if (threads == 0 || threads > 1024 || threads % WARP) fail("a block of %u threads: 32 to 1024, whole warps", threads);
+  if (shared > SHARED_BYTES) fail("%zu bytes of shared memory: a block may have %zu", shared, SHARED_BYTES);
+  b.fibers.resize(threads);
+  for (unsigned i = 0; i < threads; i++) {
+    b.fibers[i].index = i;
+    if (!b.fibers[i].stack) b.fibers[i].stack.reset(new char[STACK_BYTES]);
+  }
+  b.threads = threads;
+  b.grid = grid;
+  b.body = std::move(body);
+  for (b.index = 0; b.index < grid; b.index++) {
+    std::memset(b.shared, POISON, shared + FENCE_BYTES);
+    run_block(order, seed);
+    for (size_t i = shared; i < shared + FENCE_BYTES; i++)
+      if (static_cast<unsigned char>(b.shared[i]) != POISON)
+        fail("block %u wrote %zu bytes behind its %zu bytes of shared memory", b.index, i - shared + 1, shared);
+  }
+  b.fibers.clear();
+}
+
+}  // namespace rt::host

@@ -1,0 +1,200 @@
+"""CUDA C++ kernels: compiled by NVRTC, launched through CuPy on the current GPU, or read for their resources.
+
+A competitor describes one `Kernel`; `device` runs it on the GPU, `host` (cupy_host.py) on the CPU, fiber
+by fiber, and `resources` says what its machine code takes. No CUDA header and no driver is needed to compile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rooftune.core import Resources, RooftuneError, Unavailable, UsageError
+from rooftune.kernels.common.cupy_host import host, thread_order
+from rooftune.kernels.common.cupy_kernel import (
+    PRECISION_CODE,
+    REGISTERS,
+    SHARED_LIMIT,
+    SHARED_PORTABLE,
+    HEADERS,
+    Kernel,
+    Launch,
+    axes,
+    bytes_in,
+    cache_dir,
+    chunk,
+    first_errors,
+    pointer,
+    put,
+)
+
+__all__ = ["PRECISION_CODE", "REGISTERS", "SHARED_LIMIT", "SHARED_PORTABLE", "Kernel", "Launch", "axes", "bytes_in", "chunk", "device", "host", "resources", "thread_order"]
+
+REQUIRES = ("cupy",)
+ENV: dict[str, dict[str, str]] = {"emulate": {}, "native": {}, "compile": {}}
+
+
+# ---- machine code ----
+
+
+def _nvrtc(kernel: Kernel, arch: str, *extra: str) -> tuple[Any, Any, str]:
+    """(nvrtc module, compiled program, log). The caller destroys the program."""
+    from cupy.cuda import nvrtc
+
+    try:
+        program = nvrtc.createProgram(kernel.source.read_text(), kernel.source.name, (), ())
+    except RuntimeError as error:  # CuPy found no library
+        raise Unavailable(f"NVRTC is not usable ({error}); install nvidia-cuda-nvrtc") from error
+    options = (f"-arch={arch}", "-std=c++17", f"-I{HEADERS}", *extra, *kernel.defines)
+    try:
+        nvrtc.compileProgram(program, options)
+    except Exception as error:
+        log = str(nvrtc.getProgramLog(program)) or str(error)
+        nvrtc.destroyProgram(program)
+        raise RooftuneError(f"NVRTC failed on {kernel.source.name} for {arch}: {first_errors(log)}") from error
+    return nvrtc, program, str(nvrtc.getProgramLog(program)).rstrip("\0")
+
+
+@cache
+def toolchain() -> str:
+    """Which NVRTC compiles, as `nvrtc 13.0`."""
+    from cupy.cuda import nvrtc
+
+    try:
+        return "nvrtc " + ".".join(str(part) for part in nvrtc.getVersion())
+    except RuntimeError as error:
+        raise Unavailable(f"NVRTC is not usable ({error}); install nvidia-cuda-nvrtc") from error
+
+
+def compile_cubin(kernel: Kernel, arch: str) -> tuple[Path, str]:
+    """Machine code for an architecture such as `sm_90a`, and ptxas' report. No driver is needed.
+
+    Raises:
+        RooftuneError: the source does not compile for it. Unavailable: no NVRTC.
+    """
+    target = cache_dir() / f"{kernel.key(toolchain(), arch)}.cubin"
+    report = target.with_suffix(".log")
+    if not (target.exists() and report.exists()):
+        nvrtc, program, log = _nvrtc(kernel, arch, "--ptxas-options=-v")
+        try:
+            put(report, log.encode())
+            put(target, bytes(nvrtc.getCUBIN(program)))
+        finally:
+            nvrtc.destroyProgram(program)
+    return target, report.read_text()
+
+
+def _disassemble(cubin: Path) -> str:
+    """SASS by nvdisasm of the PATH or of the triton package; empty if neither can read this file.
+
+    A disassembler older than the compiler refuses its files: 13.1 does those of NVRTC 13.5.
+    """
+    places = [shutil.which("nvdisasm")]
+    if (spec := importlib.util.find_spec("triton")) and spec.submodule_search_locations:
+        places.append(str(Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / "nvdisasm"))
+    for tool in places:
+        if tool and Path(tool).exists():
+            done = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout
+    return ""
+
+
+def _matrix_instructions(kernel: Kernel, arch: str, cubin: Path) -> tuple[str, ...]:
+    """Tensor-core instructions: of the machine code if it can be read, else of the PTX it was made from."""
+    found = re.findall(r"\b((?:HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA)(?:\.\w+)*)", _disassemble(cubin))
+    if not found:
+        nvrtc, program, _ = _nvrtc(kernel, arch.replace("sm_", "compute_"))
+        try:
+            ptx = nvrtc.getPTX(program)
+        finally:
+            nvrtc.destroyProgram(program)
+        found = re.findall(r"\b((?:mma\.sync|wgmma\.mma_async)[.\w]*)", ptx if isinstance(ptx, str) else ptx.decode())
+    return tuple(sorted(set(found)))
+
+
+def resources(kernel: Kernel, arch: str) -> Resources:
+    """Registers a thread, spilled bytes a thread, shared bytes a block, tensor-core instructions."""
+    cubin, log = compile_cubin(kernel, arch)
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    static = re.search(r"(\d+) bytes smem", log)
+    return Resources(
+        arch=arch,
+        registers=int(registers[1]) if registers else None,
+        spill_bytes=max(map(int, spills)) if spills else None,
+        shared_bytes=kernel.shared_bytes + (int(static[1]) if static else 0),
+        tensor_core=_matrix_instructions(kernel, arch, cubin),
+        toolchain=toolchain(),
+        threads=kernel.threads,
+    )
+
+
+# ---- on the GPU ----
+
+
+class _Stream:
+    """What CuPy's launch wants of a stream: its address. (`ExternalStream` is deprecated in CuPy 14.)"""
+
+    def __init__(self, address: int) -> None:
+        self.ptr = address
+
+
+def current_arch() -> str:
+    """Architecture of torch's current device, with the suffix that opens all of its instructions."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise UsageError(f"compute capability {major}.{minor} is not supported; these kernels need 8.0 or newer")
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def device(kernel: Kernel) -> Launch:
+    """The kernel on torch's current CUDA device; a launch goes to torch's current stream.
+
+    Raises:
+        UsageError: the device cannot hold one block.
+    """
+    import cupy
+    import torch
+
+    index = torch.cuda.current_device()
+    limit = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
+    if kernel.shared_bytes > limit:
+        raise UsageError(f"needs {kernel.shared_bytes} bytes of shared memory a block; this device has {limit}")
+    cubin, _ = compile_cubin(kernel, current_arch())
+    torch.cuda.current_stream()  # makes torch's context, which CuPy then shares
+    with cupy.cuda.Device(index):
+        raw = cupy.RawModule(path=str(cubin)).get_function(kernel.entry)
+        if kernel.shared_bytes > 48 * 1024:  # above this a kernel must ask
+            raw.max_dynamic_shared_size_bytes = kernel.shared_bytes
+        function = raw.kernel
+    block = (kernel.threads, 1, 1)
+    null, int32, float32, uint64 = _numpy_scalars()
+
+    def value(arg: Any) -> Any:
+        if isinstance(arg, int):
+            return int32(arg)
+        if isinstance(arg, float):
+            return float32(arg)
+        return null if arg is None else uint64(pointer(arg))
+
+    def launch(grid: int, *args: Any) -> None:
+        stream = _Stream(torch.cuda.current_stream().cuda_stream)
+        function((grid, 1, 1), block, tuple(value(a) for a in args), kernel.shared_bytes, stream)
+
+    return launch
+
+
+def _numpy_scalars() -> tuple[Any, Any, Any, Any]:
+    import numpy as np
+
+    return np.uint64(0), np.int32, np.float32, np.uint64
+
+
