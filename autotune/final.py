@@ -1,0 +1,103 @@
+"""The end of a tuning run: the best few and the default again, on fresh samples, and whether one is really better.
+
+The best of many noisy measurements looks better than it is (the winner's luck), so nothing measured during
+the search decides. First the finalists and the default run interleaved rounds; these only choose. Then the
+chosen one meets the default alone, in fresh processes, and these rounds only decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rooftune import race
+from rooftune.core import Config, Problem, Status
+from rooftune.lab import Lab
+from rooftune.registry import Impl
+from rooftune.results import statistics
+
+FINALISTS = 3
+ROUNDS = 12  # of each of the two stages; at least 10, so that a 95 % interval is not the whole range
+MARGIN = 1.005  # a config must be faster by more than this, as `compare` counts changes (0.5 %)
+
+
+@dataclass
+class Final:
+    """What the fresh rounds say.
+
+    Attributes:
+        winner: the chosen entrant, or None if no finalist passed the thorough check.
+        speedup: default's time over the winner's, with its exact 95 % interval (None: not comparable).
+        better: the interval lies above `MARGIN`.
+        reason: why the winner is kept or not, in one line.
+        entrants: all who took part, with what they did in the choosing rounds.
+    """
+
+    default: race.Entrant
+    winner: race.Entrant | None
+    speedup: float | None
+    speedup_ci: tuple[float, float] | None
+    better: bool
+    reason: str
+    entrants: list[race.Entrant]
+
+
+def decide(
+    lab: Lab,
+    impl: Impl,
+    problem: Problem,
+    default: Config,
+    configs: Sequence[Config],
+    options: race.Options,
+    event: race.Event,
+) -> Final:
+    """Choose among the configs, then compare the chosen one with the default.
+
+    Args:
+        configs: at most a few, best first, without the default.
+        options: how to time; `rounds` of each stage.
+    """
+    base = race.Entrant(impl, default, True)
+    field = [base, *(race.Entrant(impl, config, False) for config in configs)]
+    if configs:
+        _stage(lab, problem, field, options, event, thorough=True)
+    runs = [e for e in field[1:] if e.status == Status.OK and any(e.rounds)]
+    winner = min(runs, key=lambda e: statistics.summary(e.rounds)[0], default=None)
+    if winner is None:
+        why = "no other config ran" if not configs else f"every finalist failed: {field[1].status} {field[1].reason}"
+        return Final(base, None, None, None, False, why, field)
+    if base.status != Status.OK:
+        why = f"the default config does not run ({base.status} {base.reason}), so there is no comparison"
+        return Final(base, winner, None, None, False, why, field)
+    pair = [race.Entrant(impl, default, True), race.Entrant(impl, winner.config, False)]
+    fresh = replace(options, seed=options.seed + 1)
+    _stage(lab, problem, pair, fresh, event, thorough=False)
+    for entrant in pair:
+        if entrant.status != Status.OK:
+            who = "default" if entrant.default else "chosen"
+            why = f"the {who} config failed in the deciding rounds: {entrant.status} {entrant.reason}"
+            return Final(base, winner, None, None, False, why, field)
+    pair[1].error, pair[0].error = winner.error, base.error  # those of the thorough check
+    value, low, high = statistics.ratio(pair[0].rounds, pair[1].rounds)
+    if low is None or high is None:
+        return Final(pair[0], pair[1], value, None, False, "too few rounds for an interval", field)
+    better = low > MARGIN
+    shown = f"{value:.3f}x the default's speed, 95 % interval {low:.3f} to {high:.3f}"
+    why = f"{shown}, above {MARGIN}" if better else f"{shown}, not above {MARGIN}: the default stays"
+    return Final(pair[0], pair[1], value, (low, high), better, why, field)
+
+
+def _stage(
+    lab: Lab, problem: Problem, field: list[race.Entrant], options: race.Options, event: race.Event, thorough: bool
+) -> None:
+    """Everyone in a fresh process, checked, then interleaved rounds in random order."""
+    for impl in {e.impl.key: e.impl for e in field}.values():
+        lab.retire(impl)
+    race.prepare(lab, problem, field, replace(options, thorough=thorough), set(), event)
+    started = [e for e in field if e.status == Status.OK]
+    if started:
+        race.time_rounds(lab, problem, started, options, options.rounds, event)
+    for entrant in field:
+        if entrant.handle is not None:
+            lab.release(entrant.impl, entrant.handle)
+            entrant.handle = None

@@ -1,0 +1,182 @@
+"""The tuned table: configs that were shown to beat the default, and what they are valid for.
+
+One JSON file: `$ROOFTUNE_TABLE`, else `tuned.json` in the results folder. An entry answers for exactly the
+problem, device, kernel source and toolchain it was measured with; one that does not match is not used, and
+the lookup says why. Neighbouring shapes are not guessed from it: a config that wins at one size may lose at
+the next, and that has to be judged on shapes that were held out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rooftune.autotune.journal import toolchain
+from rooftune.core import Config, Problem, UsageError
+from rooftune.registry import Impl
+from rooftune.results import store
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tuned config with its evidence.
+
+    Attributes:
+        source_hash, toolchain, device, threads: what it was measured with, besides problem and competitor.
+        time_s, default_time_s: seconds per call in the deciding rounds; `speedup` and its 95 % interval are
+            from the same rounds, paired.
+        rel_fro: relative Frobenius error in the thorough check.
+        journal: the file with every outcome of the search.
+    """
+
+    op: str
+    problem: str
+    precision: str
+    impl: str
+    source_hash: str
+    toolchain: dict[str, str]
+    device: dict[str, Any]
+    threads: int
+    config: Config
+    default: Config
+    time_s: float
+    default_time_s: float
+    speedup: float
+    speedup_ci: list[float]
+    rel_fro: float | None
+    journal: str
+    unix_time: float
+
+    def key(self) -> tuple[Any, ...]:
+        """Two entries with the same key answer the same question."""
+        kit, where = json.dumps(self.toolchain, sort_keys=True), json.dumps(self.device, sort_keys=True)
+        return self.problem, self.impl, self.source_hash, kit, where, self.threads
+
+    def stale(self, impl: Impl, device: dict[str, Any], threads: int | None = None) -> str:
+        """Why it must not be used here and now, or nothing."""
+        if self.source_hash != impl.source_hash:
+            return f"the kernel's source changed ({self.source_hash} -> {impl.source_hash})"
+        if changed := _changed(self.toolchain, toolchain(impl)):
+            return f"the toolchain changed ({changed})"
+        if changed := _changed(self.device, device):
+            return f"tuned on another device ({changed})"
+        if threads is not None and threads != self.threads:
+            return f"tuned with {self.threads} threads, not {threads}"
+        return ""
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a lookup: the entry, or None; `why` explains either."""
+
+    entry: Entry | None
+    why: str
+
+
+def default_path() -> Path:
+    """$ROOFTUNE_TABLE, or tuned.json in the results folder."""
+    given = os.environ.get("ROOFTUNE_TABLE")
+    return Path(given).expanduser() if given else store.results_dir() / "tuned.json"
+
+
+class Table:
+    """Entries in a file. Reading and replacing the file is safe beside other processes."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or default_path()
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first; none if there is no file.
+
+        Raises:
+            UsageError: not readable, not JSON, or not a table of ours; names the field.
+        """
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"tuned table {self.path} cannot be read: {error}") from error
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"tuned table {self.path} is not JSON ({error}); move it away to start afresh") from error
+        if not isinstance(data, dict) or not isinstance(data.get("entries"), list):
+            raise UsageError(f"tuned table {self.path} has no list 'entries'; move it away to start afresh")
+        if not isinstance(data.get("schema"), int) or data["schema"] > SCHEMA:
+            raise UsageError(f"tuned table {self.path}: schema {data.get('schema')!r} is not ours ({SCHEMA})")
+        return [_entry(line, f"tuned table {self.path}: entry {i}") for i, line in enumerate(data["entries"])]
+
+    def put(self, entry: Entry) -> None:
+        """Add an entry; it replaces one with the same key."""
+        with self._locked():
+            kept = [e for e in self.entries() if e.key() != entry.key()]
+            body = {"schema": SCHEMA, "entries": [asdict(e) for e in [*kept, entry]]}
+            store.atomic_write(self.path, json.dumps(body, indent=1, allow_nan=False) + "\n")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = lock.open("w")
+        except OSError as error:
+            raise UsageError(f"tuned table {self.path} cannot be written: {error.strerror}") from error
+        with handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def lookup(self, impl: Impl, problem: Problem, device: dict[str, Any], threads: int | None = None) -> Found:
+        """The entry to use for a competitor on exactly this problem, here and now; the newest if several."""
+        mine = [e for e in self.entries() if e.problem == str(problem) and e.impl == impl.key]
+        if not mine:
+            return Found(None, "not tuned for this problem")
+        reasons: list[str] = []
+        for entry in sorted(mine, key=lambda e: -e.unix_time):
+            if not (why := entry.stale(impl, device, threads)):
+                low, high = entry.speedup_ci
+                day = time.strftime("%Y-%m-%d", time.gmtime(entry.unix_time))
+                text = f"tuned {day}: {entry.speedup:.2f}x the default's speed ({low:.2f} to {high:.2f})"
+                return Found(entry, text)
+            reasons.append(why)
+        return Found(None, "a tuned entry is not used: " + reasons[0])
+
+
+_NUMBERS = ("time_s", "default_time_s", "speedup")
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("op", "problem", "precision", "impl", "source_hash", "journal"), str),
+    **dict.fromkeys(("toolchain", "device", "config", "default"), dict),
+    **dict.fromkeys((*_NUMBERS, "unix_time"), (int, float)),
+    "threads": int,
+    "speedup_ci": list,
+}
+
+
+def _entry(data: Any, where: str) -> Entry:
+    if not isinstance(data, dict):
+        raise UsageError(f"{where} is {data!r:.40}, not an entry")
+    for key, kind in _TYPES.items():
+        if not isinstance(data.get(key), kind) or isinstance(data.get(key), bool):
+            raise UsageError(f"{where}: field '{key}' is {data.get(key)!r:.40}")
+    for key in _NUMBERS:
+        if not (math.isfinite(data[key]) and data[key] > 0):
+            raise UsageError(f"{where}: field '{key}' is {data[key]!r}, expected a positive number")
+    interval = data["speedup_ci"]
+    if len(interval) != 2 or not all(isinstance(x, int | float) and math.isfinite(x) for x in interval):
+        raise UsageError(f"{where}: field 'speedup_ci' is {interval!r:.40}, expected two numbers")
+    return Entry(**{"rel_fro": None, **{k: v for k, v in data.items() if k in {f.name for f in fields(Entry)}}})
