@@ -253,7 +253,7 @@ def gate(cells: Iterable[Cell], inconclusive: ExitCode = ExitCode.INCONCLUSIVE) 
 
 def remeasure(cells: Iterable[Cell], rounds: int = 32) -> str:
     """The command that measures again what is open, or nothing if nothing is. At 32 rounds the smallest
-    change found at alpha .01 / 200 is the margin plus one standard deviation of a round."""
+    change found at alpha .01 / 200 is the margin plus 1.1 standard deviations of a round."""
     again = (Verdict.SUSPECT_SLOWER, Verdict.INCONCLUSIVE, Verdict.SLOWER, Verdict.BROKEN)
     chosen = [c for c in cells if c.verdict in again and c.problem != SUITE and c.evidence == Evidence.MEASURED]
     if not chosen:

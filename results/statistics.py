@@ -17,7 +17,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -218,6 +217,27 @@ def suite_rounds(cells: Sequence[Rounds]) -> list[list[float]]:
     return [[math.exp(mean)] if math.isfinite(mean) else [] for mean in means.tolist()]
 
 
+@lru_cache(maxsize=256)
+def _effect_in_sd(n: int, alpha: float, power: float) -> float | None:
+    """The shift, in standard deviations of normal differences, that the signed-rank test finds with this power.
+
+    By simulation (fixed seed, 2,000 samples, bisection): the asymptotic formula, sqrt(pi/3n) (z_alpha + z_power),
+    promises 95 % but finds 86 % at n = 20 and alpha = .001. None: no outcome of n rounds reaches alpha.
+    """
+    critical = np.flatnonzero(_signed_rank_sf(n) <= alpha)
+    if not len(critical):
+        return None
+    noise = np.random.default_rng(n).standard_normal((2000, n))
+    low, high = 0.0, 16.0
+    while high - low > 0.005:
+        shift = (low + high) / 2
+        moved = noise + shift
+        ranks = np.argsort(np.argsort(np.abs(moved), axis=1), axis=1) + 1
+        found = float(np.mean(np.where(moved > 0, ranks, 0).sum(axis=1) >= critical[0]))
+        low, high = (low, shift) if found >= power else (shift, high)
+    return high
+
+
 def detectable_effect(
     differences: Sequence[float] | Array,
     rounds: int | None = None,
@@ -227,16 +247,14 @@ def detectable_effect(
 ) -> float | None:
     """The smallest slowdown (0.03 = 3 %) that `rounds` such rounds would find with this power, one-sided.
 
-    Normal approximation with the signed-rank test's efficiency 3/pi: margin + sd * sqrt(pi/3) * (z_alpha +
-    z_power) / sqrt(rounds); 1.0 sd at 32 rounds and alpha = .01/200. None: so few rounds that no outcome
-    could be significant, or fewer than two to estimate the spread from.
+    About the margin plus 1.1 standard deviations at 32 rounds and alpha = .01/200. None: so few rounds that no
+    outcome could be significant, or fewer than two to estimate the spread from.
     """
     d = np.asarray(differences, dtype=np.float64)
-    n = len(d) if rounds is None else rounds
-    if len(d) < 2 or 0.5**n > alpha:
+    if len(d) < 2:
         return None
-    z = NormalDist().inv_cdf(1 - alpha) + NormalDist().inv_cdf(power)
-    return math.expm1(margin + float(np.std(d, ddof=1)) * math.sqrt(math.pi / 3 / n) * z)
+    effect = _effect_in_sd(len(d) if rounds is None else rounds, alpha, power)
+    return None if effect is None else math.expm1(margin + float(np.std(d, ddof=1)) * effect)
 
 
 @dataclass(frozen=True)
