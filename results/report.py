@@ -142,7 +142,7 @@ def _print_table(
     widths = [max(len(c.header), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
     flexible = [i for i, c in enumerate(columns) if c.flexible]
     spare = console.width - 3 * (len(columns) - 1) - sum(widths)
-    while spare < 0 and (widest := max(flexible, key=lambda i: widths[i], default=-1)) >= 0 and widths[widest] > 10:
+    while spare < 0 and (widest := max(flexible, key=lambda i: widths[i], default=-1)) >= 0 and widths[widest] > 8:
         widths[widest] -= 1
         spare += 1
     plain = not console.is_terminal or console.no_color
@@ -305,7 +305,7 @@ def _compiled(records: list[Record], console: Console) -> None:
     for record, found in ((r, row) for r in records for row in r.resources or ()):
         who = [record.impl, record.precision, str(found.get("arch", ""))]
         if found.get("status", Status.OK) != Status.OK:
-            rows.append(([*who, "", "", "", str(found.get("status")), ""], "red"))
+            rows.append(([*who, "", "", "", str(found.get("status")).partition("(")[0], ""], "red"))
             problems.append((f"{who[0]} {who[1]} {who[2]}", str(found.get("status")), str(found.get("reason") or "")))
             continue
         shared, spills = found.get("shared_bytes"), found.get("spill_bytes")
