@@ -265,7 +265,8 @@ def _number(value: float | None, scale: float = 1.0) -> str:
 
 
 def _joules(record: Record) -> float | None:
-    value = (record.energy or {}).get("joules")
+    energy = record.energy or {}
+    value = energy.get("joules") if energy.get("unit", "J/call") == "J/call" else None
     return float(value) if isinstance(value, int | float) else None
 
 
