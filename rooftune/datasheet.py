@@ -12,6 +12,7 @@ from typing import Any
 # Part of the product's name -> TFLOP/s (int8: TOP/s) by precision, and memory GB/s. First match wins.
 GPUS: dict[str, dict[str, float]] = {
     "B200": {"bf16": 2250, "fp16": 2250, "fp8": 4500, "int8": 4500, "tf32": 1125, "fp32": 75, "copy": 8000},
+    "H200 NVL": {"bf16": 835, "fp16": 835, "fp8": 1670, "int8": 1670, "tf32": 417, "fp32": 60, "copy": 4800},
     "H200": {"bf16": 989, "fp16": 989, "fp8": 1979, "int8": 1979, "tf32": 494, "fp32": 67, "copy": 4800},
     "H100 NVL": {"bf16": 835, "fp16": 835, "fp8": 1670, "int8": 1670, "tf32": 417, "fp32": 60, "copy": 3900},
     "H100 PCIe": {"bf16": 756, "fp16": 756, "fp8": 1513, "int8": 1513, "tf32": 378, "fp32": 51, "copy": 2000},
@@ -26,6 +27,8 @@ GPUS: dict[str, dict[str, float]] = {
 
 def promised(name: str) -> dict[str, Any] | None:
     """The vendor's figures for a product, or None if it is not in the table."""
+    if "Laptop" in name:  # another chip under the same number
+        return None
     for part, figures in GPUS.items():
         if all(word in name.replace("-", " ").split() for word in part.replace("-", " ").split()):
             return {"product": part, "unit": "TFLOP/s, copy GB/s", **figures}

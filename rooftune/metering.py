@@ -133,8 +133,10 @@ def window(
     """
     watch = _Watch(sensor, clock, work)
     last = watch.look()
-    if last is None:
+    if sensor.method == "instant-integral":
         return _integrated(watch, at_least_s)
+    if last is None:
+        raise Unavailable("counter-frozen: the energy counter cannot be read")
     start = clock.now()
     first: float | None = None
     ticks, changed = 0, start

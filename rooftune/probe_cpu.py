@@ -14,6 +14,7 @@ from rooftune import device_cpu
 from rooftune.probe import Entry, entry, missing
 
 COPY_SETS = (2**18, 2**21, 2**24, 2**27)  # one core's L2 and below, L2, one L3 slice, a large L3
+BEYOND_MIN = 2**28  # the largest set, where twice the last-level cache is less
 COPY_SAMPLE_S = 2e-3
 LIMIT_S = 0.25
 MATRIX_SIZES = (512, 1024, 2048)
@@ -58,7 +59,7 @@ def _copies(threads: int, samples: int) -> list[dict[str, Any]]:
     import torch
 
     free = device_cpu.memory()[1] or 2**31
-    beyond = min(max(2 * device_cpu.last_level_bytes(), 2**28), free // 4)
+    beyond = min(max(2 * device_cpu.last_level_bytes(), BEYOND_MIN), free // 4)
     found = []
     for size in sorted({*(s for s in COPY_SETS if s < beyond), beyond}):
         source = torch.full((size // 2,), 85, dtype=torch.uint8)  # written once, so every page is its own

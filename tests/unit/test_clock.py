@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from rooftune import clock
 from rooftune.core import UsageError
 
@@ -118,7 +119,12 @@ def test_hot_samples_are_long_enough_and_exact(host: Host) -> None:
 
 def test_calls_can_be_fixed(host: Host) -> None:
     seen: list[int] = []
-    clock.time_calls(lambda: (seen.append(1), host.spend(US))[1], [()], samples=3, calls=11)
+
+    def run() -> None:
+        seen.append(1)
+        host.spend(US)
+
+    clock.time_calls(run, [()], samples=3, calls=11)
     assert len(seen) == 1 + 3 * 11
 
 
@@ -163,8 +169,8 @@ def test_collector_is_off_inside_and_back_on_after_an_error(host: Host) -> None:
 
 
 def test_cold_flushes_before_each_call_untimed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock.device_cpu, "last_level_bytes", lambda: 100 * 2**20)
-    monkeypatch.setattr(clock.device_cpu, "memory", lambda: (2**35, 2**35))
+    monkeypatch.setattr("rooftune.device_cpu.last_level_bytes", lambda: 100 * 2**20)
+    monkeypatch.setattr("rooftune.device_cpu.memory", lambda: (2**35, 2**35))
     sizes = fake_torch(monkeypatch, host, flush_ns=900 * US)
     timing = clock.time_calls(lambda: host.spend(3 * US), [()], samples=3, cache="cold")
     assert timing.samples_s == pytest.approx([3e-6] * 3)
@@ -174,8 +180,8 @@ def test_cold_flushes_before_each_call_untimed(host: Host, monkeypatch: pytest.M
 
 
 def test_cold_with_little_memory_says_so(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock.device_cpu, "last_level_bytes", lambda: 2**30)
-    monkeypatch.setattr(clock.device_cpu, "memory", lambda: (2**32, 2**30))
+    monkeypatch.setattr("rooftune.device_cpu.last_level_bytes", lambda: 2**30)
+    monkeypatch.setattr("rooftune.device_cpu.memory", lambda: (2**32, 2**30))
     sizes = fake_torch(monkeypatch, host)
     timing = clock.time_calls(lambda: host.spend(US), [()], cache="cold")
     assert sizes == [2**27]

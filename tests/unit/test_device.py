@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rooftune import device, device_cpu, device_cuda, device_rocm
+
+from rooftune import device, device_cpu, device_cuda, device_rocm, sensors
 from rooftune.core import Unavailable, UsageError
+from rooftune.energy import Energy
 
 DATA = Path(__file__).parent / "data"
 CPUS = {"cpu_vm": 2, "cpu_metal": 4}
@@ -132,7 +134,7 @@ def test_identity_of_a_stored_fingerprint() -> None:
 @pytest.mark.parametrize("tree", ["cpu_metal"], indirect=True)
 def test_steal_is_the_windows_share(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        device_cpu.time, "sleep", lambda s: plant(tree, {"proc/stat": "cpu  130 0 50 1050 5 0 1 20 30 0\n"})
+        "rooftune.device_cpu.time.sleep", lambda s: plant(tree, {"proc/stat": "cpu  130 0 50 1050 5 0 1 20 30 0\n"})
     )
     assert device_cpu.steal() == pytest.approx(20 / 100)  # 30 user, 50 idle, 20 stolen; guest time is inside user
 
@@ -284,3 +286,17 @@ def test_rocm_from_the_kernels_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_parent_loads_no_gpu_library() -> None:
     code = "import sys, rooftune.device; bad = {'torch', 'numpy', 'pynvml'} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_nvml_energy_through_the_library(fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    sensor = sensors.find_sensor(device.find("cuda:0"))
+    assert isinstance(sensor, sensors.NvmlSensor)
+    assert (sensor.method, sensor.joules(), sensor.watts()) == ("counter", 5.0, 350.5)
+    monkeypatch.setenv("FAKE_MJ", "-1")
+    sensor = sensors.find_sensor(device.find("cuda:0"))
+    assert isinstance(sensor, sensors.NvmlSensor)
+    assert sensor.method == "instant-integral"
+    refused = sensors.find_sensor(device.find("cuda:1"))
+    assert isinstance(refused, Energy)
+    assert refused.code == "mig"
