@@ -164,6 +164,7 @@ def _records(
     """(usable records, newest per competitor and config; those passed over with the reason)."""
     usable: dict[tuple[str, str], Record] = {}
     passed: dict[tuple[str, str], Candidate] = {}
+    vetoed: set[tuple[str, str]] = set()
     regime: tuple[Any, ...] | None = None
     paths = list(runs) if runs is not None else [*store.list_runs(), *store.list_runs(store.REFERENCE)]
     for path in paths[:MAX_RUNS]:
@@ -175,26 +176,28 @@ def _records(
             if record.problem != str(problem) or record.evidence != Evidence.MEASURED:
                 continue
             key = (record.impl, canonical(record.config))
-            if key in usable or key in passed:
+            if key in usable or key in vetoed:
                 continue
-            reason = _unusable(record, identity)
             mine = (record.regime.get("threads"), record.regime.get("cache"), record.regime.get("clock"))
+            reason = _foreign(record, identity)
             if not reason and (threads if regime is None else regime[0]) not in (None, mine[0]):
                 reason = f"measured with {mine[0]} threads"
             if not reason and regime is not None and mine != regime:
                 reason = f"measured under another regime ({', '.join(map(str, mine))})"
+            if not reason and (record.status != Status.OK or record.time_s is None):
+                reason = f"{record.status} {record.reason}".strip()
+                vetoed.add(key)  # newer than any success of the same source here
             if reason:
-                passed[key] = Candidate(record.impl, record.config, "measured", run=record.run, reason=reason)
+                passed.setdefault(key, Candidate(record.impl, record.config, "measured", run=record.run, reason=reason))
             else:
                 regime = regime or mine
                 usable[key] = record
+    passed = {key: value for key, value in passed.items() if key not in usable}
     return list(usable.values()), list(passed.values())
 
 
-def _unusable(record: Record, identity: dict[str, Any]) -> str:
-    """Why a record says nothing about here and now, or nothing."""
-    if record.status != Status.OK or record.time_s is None:
-        return f"{record.status} {record.reason}".strip()
+def _foreign(record: Record, identity: dict[str, Any]) -> str:
+    """Why a record says nothing about this device, source and toolchain, or nothing."""
     if (seen := record.device.get("identity")) != identity:
         return f"measured on another device ({record.device.get('name') or json.dumps(seen)})"
     try:

@@ -90,14 +90,13 @@ def decide(
 def _stage(
     lab: Lab, problem: Problem, field: list[race.Entrant], options: race.Options, event: race.Event, thorough: bool
 ) -> None:
-    """Everyone in a fresh process, checked, then interleaved rounds in random order."""
-    for impl in {e.impl.key: e.impl for e in field}.values():
-        lab.retire(impl)
+    """Everyone in a fresh process, checked, then interleaved rounds in random order; the process ends with it."""
+    impl = field[0].impl
+    lab.retire(impl)
     race.prepare(lab, problem, field, replace(options, thorough=thorough), set(), event)
     started = [e for e in field if e.status == Status.OK]
     if started:
         race.time_rounds(lab, problem, started, options, options.rounds, event)
+    lab.retire(impl)
     for entrant in field:
-        if entrant.handle is not None:
-            lab.release(entrant.impl, entrant.handle)
-            entrant.handle = None
+        entrant.handle = None

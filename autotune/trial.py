@@ -124,7 +124,10 @@ class Bench:
         options = self._options(candidate.config)
         for number in range(ROUNDS):
             each = replace(options, seed=options.seed + number)
+            handle = candidate.handle
             race.time_rounds(self.lab, self.problem, field, each, 1, _quiet, last=number == ROUNDS - 1)
+            if candidate.status == Status.WRONG and handle is not None:
+                self.lab.release(self.impl, handle)  # its worker lives on, and with it the tensors
             if any(entrant.status != Status.OK for entrant in field):
                 break
             value = self._outcome(candidate, False).value
