@@ -1,1 +1,180 @@
-"""Command line."""
+#!/usr/bin/env python3
+"""The command line: one function per verb, each a few lines over the library.
+
+`python bench.py` works from a bare checkout; installed, the same program is called `rooftune`.
+Data go to stdout or a file, talk goes to stderr; exit codes are `rooftune.core.ExitCode`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: the checkout is the import path, and `bench` is not our name
+    sys.path[0] = str(Path(__file__).resolve().parent)
+
+from rooftune.core import PRECISIONS, ExitCode, RooftuneError, Unavailable, UsageError
+
+EXAMPLES = """examples:
+  python bench.py                                   what is here, what is missing, what to do next
+  python bench.py run softmax layernorm             race two operators on the quick suite
+  python bench.py run "gemm[m=1024,n=1024,k=1024,bf16]" --json out.jsonl
+  python bench.py run softmax --load my_kernel.py   your kernel joins the race
+  python bench.py tune softmax --budget 60s         find a better config, keep it only if it is better
+  python bench.py block --model gpt2 --phase decode
+
+Every option can be set by the environment: --rounds 20 is ROOFTUNE_ROUNDS=20.
+Exit codes: 0 ok, 1 regression or wrong result, 2 bad arguments or data, 3 inconclusive, 4 nothing ran here."""
+
+
+def _add_race_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("what", nargs="*", metavar="OP|PROBLEM", help="operators (all), or softmax[m=64,n=512]")
+    verb.add_argument("--problem", action="append", default=[], help="a problem; may be repeated")
+    verb.add_argument("--suite", default="quick", help="which problems: quick, llm, square, ragged, fa, rows, ci")
+    verb.add_argument("--precision", "--dtype", default="", help="fp32,bf16,... (default: fp32 and bf16)")
+    verb.add_argument("--only", default="", help="competitors, by name: torch,numba")
+    verb.add_argument("--skip", default="", help="competitors to leave out")
+    verb.add_argument("--load", action="append", default=[], metavar="FILE", help="a kernel file of your own")
+    verb.add_argument("--rounds", type=int, default=10, help="interleaved rounds (at least 6 for an interval)")
+    verb.add_argument("--launches", type=int, default=1, help="spread the rounds over this many fresh processes")
+    verb.add_argument("--samples", type=int, default=5, help="samples a round")
+    verb.add_argument("--min-sample-ms", type=float, default=2.0, help="shortest sample, by repeating the call")
+    verb.add_argument("--cache", choices=("hot", "cold"), default="hot", help="state of the last-level cache")
+    verb.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: process time, with --threads 1")
+    verb.add_argument("--seed", type=int, default=None, help="of data and order (default: drawn, and recorded)")
+
+
+def _add_device_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, rocm (default: the first GPU, else cpu)")
+    verb.add_argument("--threads", type=int, default=None, help="CPU threads of every competitor")
+
+
+def _add_output_options(verb: argparse.ArgumentParser) -> None:
+    for form in ("json", "csv", "md", "junit"):
+        verb.add_argument(f"--{form}", nargs="?", const="-", metavar="FILE", help=f"{form} to FILE or stdout")
+    verb.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and options; imports nothing heavy."""
+    top = argparse.ArgumentParser(
+        prog="bench.py" if not __package__ else "rooftune",
+        description="Race competing kernels, tune them to the hardware's roof, tell the truth about the result.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("-v", "--verbose", action="store_true", help="tracebacks")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text)
+
+    verb("list", "operators, competitors, suites and devices: what is here, and why the rest is not")
+    doctor = verb("doctor", "the device, the toolchain, the noise, and what to install next")
+    _add_device_options(doctor)
+    tour = verb("tour", "the whole story in minutes: race, tuned winner, transformer block, GPU evidence")
+    _add_device_options(tour)
+    tour.add_argument("--minutes", type=float, default=4.0, help="about how long it may take")
+    run = verb("run", "race competitors; interleaved, checked, with intervals")
+    _add_race_options(run)
+    _add_device_options(run)
+    _add_output_options(run)
+    run.add_argument("--evidence", choices=("auto", "none", "only", "full"), default="auto",
+                     help="prove GPU kernels without a GPU: emulate and compile (auto: where there is none)")  # fmt: skip
+    run.add_argument("--dry-run", action="store_true", help="print the plan")
+    tune = verb("tune", "search configs and precisions; keep a winner only if it beats the default")
+    _add_race_options(tune)
+    _add_device_options(tune)
+    _add_output_options(tune)
+    tune.add_argument("--budget", default="60s", help="per problem and competitor: 60s, 5m or 200 (configs)")
+    tune.add_argument("--search", default="surrogate", help="surrogate, random, local, exhaustive, tpe")
+    tune.add_argument("--max-error", type=float, default=None, help="precisions compete below this error")
+    best = verb("best", "what production should use for a problem, and why")
+    best.add_argument("what", nargs="+", metavar="PROBLEM")
+    _add_device_options(best)
+    _add_output_options(best)
+    block = verb("block", "a transformer block from all-torch, one language, and the best mix")
+    block.add_argument("--model", default="bert-base", help="transformer-base, bert-base, gpt2, llama3-8b")
+    block.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
+    block.add_argument("--precision", "--dtype", default="fp32")
+    block.add_argument("--batch", type=int, default=1)
+    block.add_argument("--seq", type=int, default=None, help="tokens of the prefill, or keys of the decode")
+    block.add_argument("--layers-dim-scale", "--dim-scale", type=int, default=None, dest="dim_scale",
+                       help="divide the model's widths by this (default: what runs in seconds here)")  # fmt: skip
+    block.add_argument("--energy", action="store_true", help="three windows of 5 s each, where there is a sensor")
+    block.add_argument("--rounds", type=int, default=10)
+    block.add_argument("--seed", type=int, default=None)
+    _add_device_options(block)
+    _add_output_options(block)
+    compare = verb("compare", "verdict per cell of two stored runs")
+    compare.add_argument("base", metavar="A", help="run id, file, or latest~1")
+    compare.add_argument("cand", metavar="B", help="run id, file, or latest")
+    _add_output_options(compare)
+    check = verb("check", "the CI gate: measure a baseline's cells again and give a verdict")
+    check.add_argument("--baseline", required=True, metavar="FILE")
+    check.add_argument("--current", metavar="FILE", help="judge this stored run instead of measuring")
+    check.add_argument("--rounds", type=int, default=10)
+    check.add_argument("--inconclusive", choices=("fail", "pass"), default="fail", help="pass: exit 0 instead of 3")
+    check.add_argument("--format", choices=("auto", "text", "github"), default="auto")
+    _add_device_options(check)
+    _add_output_options(check)
+    for each in verbs.choices.values():
+        _environment_defaults(each)
+    return top
+
+
+def _environment_defaults(verb: argparse.ArgumentParser) -> None:
+    """`ROOFTUNE_<FLAG>` sets the default of `--flag`; argparse converts and checks a string default."""
+    for action in verb._actions:
+        value = os.environ.get(f"ROOFTUNE_{action.dest.upper()}")
+        if value is None or not action.option_strings or action.dest == "help":
+            continue
+        if action.choices is not None and value not in action.choices:
+            raise UsageError(
+                f"ROOFTUNE_{action.dest.upper()}={value}: choose from {', '.join(map(str, action.choices))}"
+            )
+        if isinstance(action.default, bool):
+            action.default = value.lower() in ("1", "yes", "true")
+        elif isinstance(action.default, list):
+            action.default = value.split(os.pathsep)
+        else:
+            action.default = value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code. A `RooftuneError` becomes one line on stderr."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, _terminate)
+    verbose = False
+    try:
+        chosen = parser().parse_args(arguments)
+        verbose = chosen.verbose
+        from rooftune import commands
+
+        return int(commands.VERBS[chosen.verb or "list"](chosen))
+    except RooftuneError as error:
+        if verbose:
+            raise
+        print(f"rooftune: {error}", file=sys.stderr)
+        return ExitCode.NOTHING_RAN if isinstance(error, Unavailable) else ExitCode.USAGE
+    except KeyboardInterrupt:
+        print("rooftune: interrupted; what was measured is kept", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # `| head` closed our stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+
+
+def _terminate(signum: int, _: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+__all__ = ["PRECISIONS", "main", "parser"]

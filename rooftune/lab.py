@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -184,11 +185,18 @@ def _thread_env(threads: int) -> dict[str, str]:
 
 
 class Lab:
-    """Workers for one device. Use as a context manager: leaving it ends every child."""
+    """Workers for one device. Use as a context manager: leaving it ends every child.
 
-    def __init__(self, device: str = "cpu", threads: int = 1) -> None:
+    `device` is torch's name for it (`cpu`, `cuda:0`; ROCm is called cuda there), `kind` is ours.
+    """
+
+    def __init__(self, device: str = "cpu", threads: int = 1, kind: str = "") -> None:
         self.device, self.threads = device, threads
+        self.kind = kind or device.partition(":")[0]
         self._workers: dict[tuple[str, str], Worker] = {}
+        # Children are tied to the life of the *thread* that started them (PR_SET_PDEATHSIG), so one thread
+        # that lives as long as the Lab starts them all: a pool's thread would take its workers along.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="rooftune-starter")
         self._start_failures = 0
         self._lock_path = _lock_path(device)
 
@@ -202,6 +210,7 @@ class Lab:
         for worker in list(self._workers.values()):
             worker.close()
         self._workers.clear()
+        self._starter.shutdown()
 
     def worker(self, impl: Impl | None, mode: str = "native") -> Worker:
         """The live worker of a competitor, started if need be.
@@ -215,7 +224,8 @@ class Lab:
             return found
         device = self.device if mode == "native" else "cpu"
         while True:
-            started = Worker(impl, mode, device, self.threads if mode == "native" else 1)
+            threads = self.threads if mode == "native" else 1
+            started = self._starter.submit(Worker, impl, mode, device, threads).result()
             try:
                 started.request("hello", 60.0)
             except WorkerDied as death:

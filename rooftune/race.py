@@ -79,7 +79,7 @@ def entrants(lab: Lab, problem: Problem, impls: Iterable[Impl], event: Event) ->
     """
     found: list[Entrant] = []
     for impl in impls:
-        reason = impl.missing or _unfit(impl, problem, lab.device)
+        reason = impl.missing or _unfit(impl, problem, lab.kind)
         if reason:
             found.append(Entrant(impl, {}, True, Status.SKIPPED, reason))
             continue
@@ -103,8 +103,7 @@ def _alike(config: Config, default: Config, axis: str) -> bool:
     return all(config[a] == default[a] for a in config if a != axis)
 
 
-def _unfit(impl: Impl, problem: Problem, device: str) -> str:
-    kind = device.partition(":")[0]
+def _unfit(impl: Impl, problem: Problem, kind: str) -> str:
     if kind not in impl.devices:
         return f"runs on {', '.join(impl.devices)}, not on {kind}"
     if problem.precision not in impl.precisions:
@@ -123,7 +122,7 @@ def prepare(
     def work(group: list[Entrant]) -> None:
         for entrant in group:
             event("prepare", entrant.label)
-            key = (entrant.impl.key, problem.precision, problem.flags, entrant.candidate)
+            key: tuple[Any, ...] = (entrant.impl.key, problem.precision, problem.flags, entrant.candidate)
             key += (problem,) if entrant.impl.per_shape else ()
             seed = random.Random(f"{options.seed}:{problem}:{entrant.label}").getrandbits(31)
             thorough = options.thorough and key not in seen
@@ -160,9 +159,12 @@ def time_rounds(
     for number in range(rounds):
         order = [e for e in field_ if e.handle is not None]
         rng.shuffle(order)
+        for entrant in field_:
+            entrant.rounds.append([])  # stays empty if the round is lost: rounds are paired by their number
         with lab.exclusive():
             for entrant in order:
-                assert entrant.handle is not None
+                if entrant.handle is None:
+                    continue  # went with its worker, which another config of the same competitor ended in this round
                 slow = (entrant.estimate_s or 0.0) > SLOW_S
                 verify = (last and number == rounds - 1) or rng.random() < VERIFY_SHARE
                 reply = lab.time(
@@ -184,13 +186,14 @@ def time_rounds(
                             other.handle = None
                     continue
                 samples = reply.data["samples_s"]
-                entrant.rounds.append(samples)
+                entrant.rounds[-1] = samples
                 entrant.estimate_s = entrant.estimate_s or min(samples)
                 for note in reply.data.get("notes") or ():
                     if note not in entrant.notes:
                         entrant.notes.append(note)
         event("time", f"{problem} round {number + 1}/{rounds}")
-        lost = [e for e in field_ if e.status == Status.OK and e.handle is None]
+        field_ = [e for e in field_ if e.status == Status.OK]
+        lost = [e for e in field_ if e.handle is None]
         if lost:
             prepare(lab, problem, lost, replace(options, thorough=False), set(), event)
 
@@ -235,7 +238,7 @@ def judge(
     """Turn rounds into records: times, ratios to the best torch call, share of the roof, the tie set."""
     from rooftune import probe
 
-    complete = {i: e for i, e in enumerate(field_) if e.rounds and e.status == Status.OK}
+    complete = {i: e for i, e in enumerate(field_) if any(e.rounds) and e.status == Status.OK}
     records: list[Record] = []
     times = {i: statistics.summary(e.rounds) for i, e in complete.items()}
     baselines = [i for i, e in complete.items() if e.impl.baseline]

@@ -1,0 +1,195 @@
+"""What the verbs share: which problems, which competitors, how to time, where the output goes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rooftune import device, race, registry
+from rooftune.core import PRECISIONS, Problem, UsageError, unknown
+from rooftune.registry import Impl
+from rooftune.results.record import Record
+from rooftune.suites import catalogue
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rooftune.session import Session
+
+DEFAULT_PRECISIONS = ("fp32", "bf16")
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated option as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def device_name(chosen: argparse.Namespace) -> str:
+    """`--device`; `auto` is the first GPU, else the CPU."""
+    if chosen.device != "auto":
+        return str(chosen.device)
+    return str(next((d for d in device.devices() if d.kind != "cpu"), "cpu"))
+
+
+def precisions(chosen: argparse.Namespace) -> list[str]:
+    """`--precision`, checked against the table."""
+    asked = names(chosen.precision) or list(DEFAULT_PRECISIONS)
+    for name in asked:
+        if name not in PRECISIONS:
+            raise unknown("precision", name, list(PRECISIONS))
+    return asked
+
+
+def problems(chosen: argparse.Namespace, kind: str, users: Sequence[Impl]) -> list[Problem]:
+    """The problems asked for, in order: written-out ones, else the suite's for the operators named.
+
+    Raises:
+        UsageError: unknown operator, suite or precision, or a bad problem.
+    """
+    texts = [w for w in [*chosen.what, *chosen.problem] if "[" in w]
+    ops = [w for w in chosen.what if "[" not in w]
+    for name in ops:
+        registry.op(name)
+    found = []
+    for text in texts:
+        given = registry.problem(text)
+        explicit = given.precision in text.partition("[")[2].rstrip("]").replace(" ", "").split(",")
+        wanted = [given.precision] if explicit else precisions(chosen)
+        found += [registry.problem(given.replace(precision=p)) for p in wanted]
+    if not texts or ops:
+        if not ops:
+            ops = sorted({u.op for u in users}) or list(registry.op_names())
+        found += catalogue.problems(chosen.suite, ops, precisions(chosen), kind)
+    return list(dict.fromkeys(found))
+
+
+def users(chosen: argparse.Namespace) -> list[Impl]:
+    """The files given with `--load`."""
+    return [registry.user_impl(Path(path)) for path in chosen.load]
+
+
+def impls(chosen: argparse.Namespace, op: str, loaded: Sequence[Impl]) -> list[Impl]:
+    """Competitors of an operator after `--only` and `--skip`, user files last.
+
+    Raises:
+        UsageError: a name that no operator's competitor has.
+    """
+    every = {i.name for name in registry.op_names() for i in registry.impls(name)} | {u.name for u in loaded}
+    only, skip = names(chosen.only), names(chosen.skip)
+    for name in (*only, *skip):
+        if name.partition(":")[0] not in every:
+            raise unknown("competitor", name, sorted(every))
+    mine = [*registry.impls(op), *(u for u in loaded if u.op == op)]
+    return [i for i in mine if (not only or i.name in only or i in loaded) and i.name not in skip]
+
+
+def options(chosen: argparse.Namespace) -> race.Options:
+    """How to time.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+    for name in ("rounds", "launches", "samples", "min_sample_ms"):
+        if getattr(chosen, name) <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive, not {getattr(chosen, name)}")
+    if chosen.launches > chosen.rounds:
+        raise UsageError(f"--launches {chosen.launches} needs at least as many --rounds ({chosen.rounds})")
+    if chosen.clock == "cpu" and chosen.threads != 1:
+        raise UsageError("--clock cpu counts the CPU time of the whole process: it needs --threads 1")
+    return race.Options(
+        rounds=chosen.rounds,
+        launches=chosen.launches,
+        samples=chosen.samples,
+        min_sample_s=chosen.min_sample_ms / 1e3,
+        cache=chosen.cache,
+        clock=chosen.clock,
+        seed=secrets.randbits(31) if chosen.seed is None else chosen.seed,
+    )
+
+
+def to_stdout(chosen: argparse.Namespace) -> bool:
+    """Whether data were asked for on stdout: then tables go to stderr."""
+    return any(getattr(chosen, form, None) == "-" for form in ("json", "csv", "md", "junit"))
+
+
+def console(chosen: argparse.Namespace) -> Console:
+    """Where tables are printed."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "140"))
+    return Console(stderr=to_stdout(chosen), width=width, highlight=False, soft_wrap=False)
+
+
+def write(chosen: argparse.Namespace, records: Sequence[Record]) -> None:
+    """The forms asked for: `--json`, `--csv`, `--md`, `--junit`.
+
+    Raises:
+        UsageError: a file cannot be written.
+    """
+    from rooftune.results import export, store
+
+    makers: dict[str, Any] = {
+        "json": export.to_json_lines,
+        "csv": export.to_csv,
+        "md": export.to_markdown,
+        "junit": export.junit,
+    }
+    for form, make in makers.items():
+        target = getattr(chosen, form, None)
+        if target == "-":
+            sys.stdout.write(make(records))
+        elif target:
+            store.atomic_write(target, make(records))
+
+
+def check_targets(chosen: argparse.Namespace) -> None:
+    """Complain about an output file before anything is measured, not after.
+
+    Raises:
+        UsageError: its folder is missing or may not be written.
+    """
+    for form in ("json", "csv", "md", "junit"):
+        target = getattr(chosen, form, None)
+        if target and target != "-":
+            folder = Path(target).resolve().parent
+            if not folder.is_dir():
+                raise UsageError(f"--{form} {target}: there is no folder {folder}")
+            if not os.access(folder, os.W_OK) or (Path(target).exists() and not os.access(target, os.W_OK)):
+                raise UsageError(f"--{form} {target}: no permission to write there")
+
+
+@contextlib.contextmanager
+def keeping(chosen: argparse.Namespace, records: list[Record]) -> Iterator[None]:
+    """Whatever ends the block, the records so far are written in the forms asked for."""
+    try:
+        yield
+    finally:
+        write(chosen, records)
+
+
+def tuned_entrants(
+    session: Session, problems: Sequence[Problem], impls: Sequence[Impl] | None = None
+) -> dict[Problem, list[race.Entrant]]:
+    """Tuned configs of this device, from the table, join the race of their problem."""
+    from rooftune.autotune.table import Table
+
+    table = Table()
+    extra: dict[Problem, list[race.Entrant]] = {}
+    for problem in problems:
+        for impl in registry.impls(problem.op) if impls is None else impls:
+            if (
+                impl.op == problem.op
+                and session.device.kind in impl.devices
+                and problem.precision in impl.precisions
+                and not impl.baseline
+            ):
+                found = table.lookup(impl, problem, session.about["identity"], session.threads)
+                if found.entry is not None:
+                    extra.setdefault(problem, []).append(race.Entrant(impl, found.entry.config, False))
+    return extra

@@ -1,0 +1,111 @@
+"""`compare` and `check`: verdicts on stored runs, and the gate for CI."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rooftune import race, registry
+from rooftune.commands import common
+from rooftune.commands.run import measure
+from rooftune.core import Evidence, ExitCode, Problem, Status, UsageError
+from rooftune.registry import Impl
+from rooftune.results import store
+from rooftune.results.compare import Cell, gate
+from rooftune.results.compare import compare as judge_runs
+from rooftune.results.record import Record
+
+
+def compare(chosen: argparse.Namespace) -> ExitCode:
+    """Cell by cell, two stored runs. Exit 1: broken or confirmed slower; 3: suspect or undecided."""
+    from rooftune.results import report
+
+    common.check_targets(chosen)
+    base, candidate = (store.load_run(store.resolve(text)) for text in (chosen.base, chosen.cand))
+    cells = judge_runs(base, candidate)
+    report.compare_table(cells, common.console(chosen))
+    _write_cells(chosen, cells)
+    return gate(cells)
+
+
+def check(chosen: argparse.Namespace) -> ExitCode:
+    """Measure the baseline's cells again (or take `--current`) and judge them against it."""
+    from rooftune.results import export, report
+
+    common.check_targets(chosen)
+    baseline = store.load_run(store.resolve(chosen.baseline))
+    if chosen.current:
+        current = store.load_run(store.resolve(chosen.current))
+    else:
+        current = _measure_again(chosen, baseline)
+    cells = judge_runs(baseline, current)
+    report.compare_table(cells, common.console(chosen))
+    if chosen.format == "github" or (chosen.format == "auto" and os.environ.get("GITHUB_ACTIONS") == "true"):
+        print("\n".join(export.github_annotations(cells)), file=sys.stderr if common.to_stdout(chosen) else sys.stdout)
+        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(export.step_summary(cells))
+    _write_cells(chosen, cells)
+    return gate(cells, ExitCode.OK if chosen.inconclusive == "pass" else ExitCode.INCONCLUSIVE)
+
+
+def _write_cells(chosen: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    """`--json` and `--junit` of verdicts; the other forms are for records."""
+    import json
+    from dataclasses import asdict
+
+    from rooftune.results import export
+
+    for form in ("csv", "md"):
+        if getattr(chosen, form):
+            raise UsageError(f"--{form} is for records: export the runs themselves; verdicts go to --json or --junit")
+    texts: dict[str, Callable[[], str]] = {
+        "json": lambda: "".join(json.dumps(asdict(c)) + "\n" for c in cells),
+        "junit": lambda: export.junit(cells),
+    }
+    for form, make in texts.items():
+        target = getattr(chosen, form)
+        if target == "-":
+            sys.stdout.write(make())
+        elif target:
+            store.atomic_write(target, make())
+
+
+def _measure_again(chosen: argparse.Namespace, baseline: Sequence[Record]) -> list[Record]:
+    """The baseline's problems and competitors, timed as they were then (rounds aside)."""
+    from rooftune.session import Session
+
+    timed = [r for r in baseline if r.evidence == Evidence.MEASURED and r.status == Status.OK]
+    if not timed:
+        raise UsageError(f"{chosen.baseline}: no measured cell to check; make one with: python bench.py run --suite ci")
+    regime = timed[0].regime
+    threads = chosen.threads or regime.get("threads")
+    timing = race.Options(
+        rounds=chosen.rounds, cache=regime.get("cache", "hot"), clock=regime.get("clock", "wall"), thorough=False
+    )
+    problems = list(dict.fromkeys(registry.problem(r.problem) for r in timed))
+    field: dict[str, list[Impl]] = {}
+    for record in timed:
+        impls = field.setdefault(record.op, [])
+        if all(i.key != record.impl for i in impls):
+            try:
+                impls.append(registry.impl(record.impl))
+            except UsageError:
+                print(f"rooftune: {record.impl} is not here any more: its cells count as gone", file=sys.stderr)
+    console = common.console(chosen)
+    with Session("check", common.device_name(chosen), threads, chosen.quiet) as session:
+        return measure(session, problems, field, timing, console, _tuned(timed))
+
+
+def _tuned(timed: Sequence[Record]) -> dict[Problem, list[race.Entrant]]:
+    """Tuned entrants of the baseline enter again with the same config."""
+    extra: dict[Problem, list[race.Entrant]] = {}
+    for record in timed:
+        if not record.default and "call" not in record.config:
+            impl = next((i for i in registry.impls(record.op) if i.key == record.impl), None)
+            if impl is not None:
+                extra.setdefault(registry.problem(record.problem), []).append(race.Entrant(impl, record.config, False))
+    return extra

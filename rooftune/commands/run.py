@@ -1,0 +1,114 @@
+"""`run`: the race, and the evidence for competitors whose device is not here."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rooftune import evidence, race, registry
+from rooftune.commands import common
+from rooftune.core import Evidence, ExitCode, Problem, Status
+from rooftune.registry import Impl
+from rooftune.results.record import Record
+from rooftune.session import Session
+
+
+def run(chosen: argparse.Namespace) -> ExitCode:
+    """Race every problem; print a table each as it is finished, then the evidence table."""
+    from rooftune.results import report
+
+    timing = common.options(chosen)
+    common.check_targets(chosen)
+    loaded = common.users(chosen)
+    name = common.device_name(chosen)
+    kind = name.partition(":")[0]
+    problems = common.problems(chosen, kind, loaded)
+    field = {op: common.impls(chosen, op, loaded) for op in {p.op for p in problems}}
+    console = common.console(chosen)
+    if chosen.dry_run:
+        for problem in problems:
+            here = [i.name for i in field[problem.op] if kind in i.devices and problem.precision in i.precisions]
+            console.print(f"{problem}: {', '.join(here) or 'nobody'}", markup=False)
+        return ExitCode.OK
+    records: list[Record] = []
+    with Session("run", name, chosen.threads, chosen.quiet) as session, common.keeping(chosen, records):
+        for problem in problems:
+            session.check_memory(problem, registry.op(problem.op).memory_bytes(problem))
+        session.check_user_files(loaded, {p.op: p for p in problems})
+        if chosen.evidence in ("auto", "full", "none"):
+            every = [impl for impls in field.values() for impl in impls]
+            extra = common.tuned_entrants(session, problems, every)
+            records += measure(session, problems, field, timing, console, extra)
+        if chosen.evidence != "none":
+            proofs = prove(session, field, common.precisions(chosen), timing.seed, chosen.evidence == "full")
+            records += proofs
+            session.clear()
+            if proofs:
+                report.evidence_table(proofs, console)
+        session.clear()
+        console.print(f"records: {session.path}", style="dim", highlight=False)
+    return verdict(records)
+
+
+def measure(
+    session: Session,
+    problems: Sequence[Problem],
+    field: dict[str, list[Impl]],
+    timing: race.Options,
+    console: Any,
+    extra: dict[Problem, list[race.Entrant]] | None = None,
+) -> list[Record]:
+    """Race the problems one after another; records are stored and shown as soon as a problem is done."""
+    from rooftune.results import report
+
+    ceilings = session.ceilings
+    records: list[Record] = []
+    seen: set[Any] = set()
+    started = time.monotonic()
+    for number, problem in enumerate(problems):
+        eta = (
+            ""
+            if not number
+            else f", about {(time.monotonic() - started) / number * (len(problems) - number):.0f} s left"
+        )
+
+        def event(
+            kind: str, text: str, place: str = f"[{number + 1}/{len(problems)}{eta}]", p: Problem = problem
+        ) -> None:
+            session.say(f"{place} {text if kind == 'time' else f'{p}: {kind} {text}'}")
+
+        mine = race.race(
+            session.lab, problem, field[problem.op], timing, ceilings, (extra or {}).get(problem, ()), seen, event
+        )
+        session.keep(mine)
+        records += mine
+        session.clear()
+        report.race_table(mine, console)
+    return records
+
+
+def prove(
+    session: Session, field: dict[str, list[Impl]], precisions: Sequence[str], seed: int, thorough: bool
+) -> list[Record]:
+    """Emulate and compile the competitors that cannot run on this device."""
+    absent = [i for impls in field.values() for i in impls if session.device.kind not in i.devices]
+    absent = [i for i in absent if i.emulates or i.compiles]
+    if not absent:
+        return []
+    proofs = evidence.gather(
+        session.lab, absent, precisions, seed, thorough=thorough, event=lambda kind, text: session.say(f"{kind} {text}")
+    )
+    session.keep(proofs)
+    return proofs
+
+
+def verdict(records: Sequence[Record]) -> ExitCode:
+    """1 if something is wrong, 4 if nothing could run, else 0. A competitor that cannot run here is no fault."""
+    if any(r.status == Status.WRONG for r in records):
+        return ExitCode.REGRESSION
+    measured = [r for r in records if r.evidence == Evidence.MEASURED]
+    if measured and not any(r.status == Status.OK for r in records):
+        return ExitCode.NOTHING_RAN
+    return ExitCode.OK

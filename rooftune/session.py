@@ -1,0 +1,145 @@
+"""One sitting at one device: its Lab, its measured ceilings, its log file, and what the terminal shows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rooftune import __version__, device
+from rooftune.core import Problem, Unavailable, UsageError
+from rooftune.lab import Lab, WorkerDied
+from rooftune.registry import Impl
+from rooftune.results import store
+from rooftune.results.record import SCHEMA, Record
+
+PACKAGES = ("torch", "triton", "numba", "llvmlite", "numba-cuda", "cupy-cuda13x", "cupy-cuda12x", "cuda-core", "numpy")
+COPIES = 4  # inputs, their pristine copies, the rotation pools, and the reference's float64 rows
+
+
+def versions() -> dict[str, str]:
+    """Toolchain versions, without importing anything."""
+    found = {"python": platform.python_version(), "rooftune": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Session:
+    """Context manager around a Lab and a run file. Every record is on disk as soon as it exists."""
+
+    def __init__(self, name: str, device_name: str = "cpu", threads: int | None = None, quiet: bool = False) -> None:
+        self.device = device.find(device_name)
+        self.threads = threads or (self.device.cores if self.device.kind == "cpu" else 1)
+        if self.device.kind == "cpu" and self.threads > self.device.cores:
+            raise UsageError(f"--threads {self.threads}: this process may use {self.device.cores} cores")
+        self.fingerprint = self.device.fingerprint()
+        identity = device.identity(self.fingerprint)
+        self.about: dict[str, Any] = {"name": self.device.name, "kind": self.device.kind, "identity": identity}
+        self.versions = versions()
+        self.path: Path = store.new_run_path(name)
+        self.log = store.Log(self.path)
+        self.lab = Lab(self.device.torch, self.threads, self.device.kind)
+        self.quiet = quiet
+        self._ceilings: dict[str, Any] | None = None
+        self._energy: dict[str, Any] | None = None
+        self._last_line = ""
+        header = {"kind": "session", "schema": SCHEMA, "run": self.run, "argv": sys.argv[1:], "unix_time": time.time()}
+        self.log.append(header | {"device": self.fingerprint, "versions": self.versions, "threads": self.threads})
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
+        self.lab.close()
+
+    @property
+    def run(self) -> str:
+        """The run's id: its file name without the suffix."""
+        return self.path.stem
+
+    @property
+    def ceilings(self) -> dict[str, Any]:
+        """Measured once a session, in a process of its own, before anything is raced."""
+        if self._ceilings is None:
+            self.say("measuring this device's ceilings: copy bandwidth and matrix rates")
+            kind = self.device.kind
+            try:
+                with self.lab.exclusive():
+                    self._ceilings = self.lab.call("rooftune.probe:ceilings", device_kind=kind, threads=self.threads)
+            except WorkerDied as death:
+                raise Unavailable(f"the ceilings cannot be measured: {death}; install torch (make setup)") from death
+            assert self._ceilings is not None
+            self.log.append({"kind": "ceilings", "schema": SCHEMA, "run": self.run, "ceilings": self._ceilings})
+        return self._ceilings
+
+    def keep(self, records: Sequence[Record]) -> None:
+        """Stamp and store."""
+        for record in records:
+            record.run, record.device, record.versions = self.run, self.about, self.versions
+            if record.energy is None:
+                record.energy = self.no_energy()
+            self.log.append(record.to_json())
+
+    def no_energy(self) -> dict[str, Any]:
+        """Why this record has no joules: the sensor's reason, or that no window was asked for."""
+        from rooftune import sensors
+        from rooftune.energy import Energy
+
+        if self._energy is None:
+            found = sensors.find_sensor(self.device)
+            none = found if isinstance(found, Energy) else Energy.unavailable("a race measures no energy; `block` does")
+            self._energy = none.as_json()
+        return dict(self._energy)
+
+    def check_memory(self, problem: Problem, bytes_needed: float) -> None:
+        """Refuse a problem that cannot fit, and say how much it needs.
+
+        Raises:
+            UsageError: it needs more than is free.
+        """
+        need, have = bytes_needed * COPIES, self.device.memory_bytes().free
+        if have is not None and need > have:
+            raise UsageError(
+                f"{problem} needs about {need / 2**30:,.1f} GiB for inputs, output and their checked copies; "
+                f"{self.device.name} has {have / 2**30:,.1f} GiB free; choose smaller sizes"
+            )
+
+    def check_user_files(self, impls: Sequence[Impl], problem_of: dict[str, Problem]) -> None:
+        """A user's file that does not even load is bad input, said before anything is timed.
+
+        Raises:
+            UsageError: what it raises on import.
+        """
+        for impl in impls:
+            if impl.module.startswith("file:"):
+                reply = self.lab.ask(impl, "space", 60.0, problem=str(problem_of[impl.op]))
+                if not reply.ok:
+                    raise UsageError(f"{impl.path}: {reply.reason}")
+
+    def say(self, text: str) -> None:
+        """One line of talk, on stderr: it replaces the last one on a terminal."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[2K" + text[:110])
+            sys.stderr.flush()
+        self._last_line = text
+
+    def clear(self) -> None:
+        """Wipe the line of talk before a table is printed."""
+        if self._last_line and sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+        self._last_line = ""

@@ -1,0 +1,120 @@
+"""Kernels that cheat, and kernels that are slightly wrong: the gate must catch each (measurement.md, section 4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rooftune import check, registry
+from rooftune.core import Problem
+from rooftune.registry import load_file
+
+WIDE = registry.problem("softmax[m=8,n=8192]")
+CHEATS = {
+    "writes zeros": ("out.zero_()", "Frobenius"),
+    "writes nothing": ("pass", "never written"),
+    "writes all but the last column": ("out[:, :-1] = torch.softmax(x, -1)[:, :-1]", "never written"),
+    "writes all but the last row": ("out[:-1] = torch.softmax(x, -1)[:-1]", "never written"),
+    "changes its input": ("torch.softmax(x, -1, out=out); x.mul_(2)", "changed its input 0"),
+    "writes before its output": (
+        "torch.softmax(x, -1, out=out); out.as_strided((1,), (1,), out.storage_offset() - 1).fill_(1)",
+        "before the output",
+    ),
+    "writes after its output": (
+        "torch.softmax(x, -1, out=out); out.as_strided((1,), (1,), out.storage_offset() + out.numel()).fill_(1)",
+        "after the output",
+    ),
+    "caches by address": (
+        "key = (x.data_ptr(), tuple(x.shape))\nif key not in memo: memo[key] = torch.softmax(x, -1)\n"
+        "out.copy_(memo[key])",
+        "second call",
+    ),
+    "caches by object": (
+        "if id(x) not in memo: memo[id(x)] = (x, torch.softmax(x, -1))\nout.copy_(memo[id(x)][1])",
+        "second call",
+    ),
+    "computes in bf16": ("out.copy_(torch.softmax(x.bfloat16(), -1))", "Frobenius"),
+    "computes in fp16": ("out.copy_(torch.softmax(x.half(), -1))", "Frobenius"),
+    "forgets the maximum": ("e = x.exp(); out.copy_(e / e.sum(-1, keepdim=True))", "large input"),
+    "hides NaN": ("torch.softmax(x.nan_to_num(), -1, out=out)", "should be nan"),
+    "drops the tail of odd rows": (
+        "n = x.shape[1] // 16 * 16\nout.zero_()\nif n: out[:, :n] = torch.softmax(x[:, :n], -1)",
+        "m=1,n=1",
+    ),
+    "answers with the uniform distribution": ("out.fill_(1 / x.shape[1])", "Frobenius"),
+    "rounds the last digit away": ("out.copy_((torch.softmax(x, -1) * 1e6).round() / 1e6)", "Frobenius"),
+    "swaps two neighbours": ("y = torch.softmax(x, -1); y[0, :2] = y[0, :2].flip(0); out.copy_(y)", "error"),
+    "is right for eight rows only": (
+        "y = torch.softmax(x, -1)\nif x.shape[0] != 8: y.mul_(1.001)\nout.copy_(y)",
+        "m=1,n=1",
+    ),
+    "treats minus infinity as a number": ("torch.softmax(x.clamp_min(-30), -1, out=out)", "neg_inf"),
+}
+TEXT = "import torch\nmemo = {}\ndef run(out, x):\n    BODY\n"
+
+
+def _run(tmp_path: Path, body: str) -> check.Run:
+    path = tmp_path / "cheat.py"
+    path.write_text(TEXT.replace("BODY", body.replace("\n", "\n    ")))
+    run: check.Run = load_file(path).run
+    return run
+
+
+def _check(run: check.Run, problem: Problem = WIDE) -> check.Verdict:
+    return check.check(registry.op(problem.op), problem, {}, lambda p, c: run, seed=7)
+
+
+@pytest.mark.parametrize("name", sorted(CHEATS))
+def test_a_cheat_is_caught_for_the_right_reason(tmp_path: Path, name: str) -> None:
+    body, words = CHEATS[name]
+    verdict = _check(_run(tmp_path, body))
+    assert not verdict.ok
+    assert words in verdict.reason, verdict.reason
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("n", [1, 31, 1000, 8192])
+def test_an_honest_kernel_passes(tmp_path: Path, precision: str, n: int) -> None:
+    verdict = _check(
+        _run(tmp_path, "torch.softmax(x, -1, out=out)"), registry.problem(f"softmax[m=8,n={n},{precision}]")
+    )
+    assert verdict.ok, verdict.reason
+    assert verdict.deterministic
+
+
+WRONG_GEMMS = {
+    "drops one step of k": "out.copy_(a[:, :-1] @ b[:-1])",
+    "accumulates in fp16": (
+        "acc = torch.zeros_like(out, dtype=torch.float16)\n"
+        "for i in range(0, a.shape[1], 8): acc += a[:, i:i+8].half() @ b[i:i+8].half()\nout.copy_(acc)"
+    ),
+    "rounds twice to bf16": "out.copy_((a.float() @ b.float()).bfloat16().mul(1.004))",
+    "transposes b of a square": "out.copy_(a @ (b.t() if b.shape[0] == b.shape[1] else b))",
+    "uses tf32-like inputs": (
+        "r = lambda t: (t.float().view(torch.int32) & -8192).view(torch.float32)\nout.copy_(r(a) @ r(b))"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG_GEMMS))
+def test_a_subtly_wrong_gemm_is_caught(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "gemm.py"
+    path.write_text("import torch\ndef run(out, a, b):\n    " + WRONG_GEMMS[name].replace("\n", "\n    ") + "\n")
+    run = load_file(path).run
+    problem = registry.problem("gemm[m=64,n=64,k=64]" if "bf16" not in name else "gemm[m=64,n=64,k=64,bf16]")
+    verdict = check.check(registry.op("gemm"), problem, {}, lambda p, c: run, seed=7)
+    assert not verdict.ok
+
+
+def test_large_outputs_are_sampled_and_still_watched_everywhere(tmp_path: Path) -> None:
+    problem = registry.problem("gemm[m=1200,n=700,k=900]")  # above WHOLE_FLOPS
+    assert registry.op("gemm").flops(problem) > check.WHOLE_FLOPS
+
+    def holes(out, a, b):  # type: ignore[no-untyped-def]
+        full = a @ b
+        out[:600], out[610:] = full[:600], full[610:]
+
+    verdict = check.check(registry.op("gemm"), problem, {}, lambda p, c: holes, seed=7)
+    assert not verdict.ok
+    assert "never written" in verdict.reason

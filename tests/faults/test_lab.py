@@ -1,0 +1,182 @@
+"""A competitor that crashes, hangs, lies or cannot be loaded becomes a reply; the others go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rooftune import lab as lab_module
+from rooftune import race, registry
+from rooftune.core import ExitCode, Status, Unavailable
+from rooftune.lab import Lab, WorkerDied
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBLEM = registry.problem("softmax[m=16,n=64]")
+
+
+def _prepare(lab: Lab, path: Path):  # type: ignore[no-untyped-def]
+    return lab.prepare(registry.user_impl(path), PROBLEM, {}, seed=1, thorough=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", Status.FAILED_CRASH, "SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", Status.FAILED_CRASH, "SIGKILL"),
+        ("os.abort()", Status.FAILED_CRASH, "SIGABRT"),
+        ("os._exit(3)", Status.FAILED_CRASH, "exit code 3"),
+        ("raise RuntimeError('no such kernel image')", Status.FAILED_LAUNCH, "no such kernel image (mine.py:"),
+        ("out.zero_()", Status.WRONG, "relative Frobenius error 1.00e+00"),
+    ],
+)
+def test_a_failing_kernel_becomes_a_status_and_a_reason(
+    lab: Lab, kernel, body: str, status: Status, words: str
+) -> None:  # type: ignore[no-untyped-def]
+    reply = _prepare(lab, kernel(body))
+    assert reply.status == status
+    assert words in reply.reason
+    assert "handle" not in reply.data
+    assert _prepare(lab, kernel(name="right")).ok  # the lab lives
+
+
+def test_a_kernel_that_never_ends_is_killed_at_its_deadline(lab: Lab, kernel, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    path = kernel("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)")
+    impl = registry.user_impl(path)
+    lab.worker(impl)
+    monkeypatch.setattr(lab_module, "PREPARE_S", 6.0)
+    monkeypatch.setattr(lab_module, "TERM_S", 0.3)
+    pid = lab.worker(impl).process.pid
+    reply = _prepare(lab, path)
+    assert reply.status == Status.TIMEOUT
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_file_that_raises_on_import_says_where(lab: Lab, kernel) -> None:  # type: ignore[no-untyped-def]
+    path = kernel()
+    path.write_text(path.read_text() + "\nraise ValueError('half written')\n")
+    reply = _prepare(lab, path)
+    assert reply.status == Status.FAILED_COMPILE
+    assert "mine.py raises on import: ValueError: half written" in reply.reason
+
+
+def test_an_answer_that_is_none_is_a_protocol_error(lab: Lab) -> None:
+    worker = lab.worker(None)
+    os.write(worker._request, b'{"nonce": "forged", "verb": "hello", "args": {}}\n')
+    with pytest.raises(WorkerDied, match="protocol"):
+        worker.request("hello", 30.0)
+
+
+def test_workers_that_never_start_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Lab() as broken, pytest.raises(Unavailable, match="worker processes do not start"):
+        broken.worker(None)
+
+
+def test_no_process_is_left_behind(kernel) -> None:  # type: ignore[no-untyped-def]
+    with Lab() as made:
+        _prepare(made, kernel("time.sleep(0)\n" + "torch.softmax(x, -1, out=out)"))
+        pids = [w.process.pid for w in made._workers.values()]
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_crash_in_the_middle_of_a_race_costs_only_the_crasher(lab: Lab, kernel) -> None:  # type: ignore[no-untyped-def]
+    crasher = registry.user_impl(
+        kernel("if calls > 60: os.kill(os.getpid(), signal.SIGSEGV)\n" + "torch.softmax(x, -1, out=out)", "crasher")
+    )
+    right = registry.user_impl(kernel(name="right"))
+    torch = registry.impl("softmax/torch")
+    records = race.race(lab, PROBLEM, [torch, crasher, right], race.Options(rounds=6, min_sample_s=1e-4, seed=3))
+    by_name = {r.impl: r for r in records}
+    assert by_name["softmax/crasher"].status == Status.FAILED_CRASH
+    assert "SIGSEGV" in by_name["softmax/crasher"].reason
+    assert by_name["softmax/crasher"].time_s is None
+    assert by_name["softmax/crasher"].rounds is None
+    for name in ("softmax/right", "softmax/torch"):
+        assert by_name[name].status == Status.OK
+        assert len(by_name[name].rounds or ()) == 6
+        assert by_name[name].ratio_to_torch is not None
+
+
+def test_a_kernel_that_turns_wrong_while_it_is_timed_loses_its_time(lab: Lab, kernel) -> None:  # type: ignore[no-untyped-def]
+    sly = registry.user_impl(kernel("if calls < 60: torch.softmax(x, -1, out=out)\nelse: out.fill_(0.01)", "sly"))
+    records = race.race(lab, PROBLEM, [sly], race.Options(rounds=6, min_sample_s=1e-4, seed=3))
+    assert records[0].status == Status.WRONG
+    assert "timed call" in records[0].reason
+    assert records[0].time_s is None
+
+
+def test_killing_the_parent_takes_the_workers_along(tmp_path: Path, kernel) -> None:  # type: ignore[no-untyped-def]
+    path = kernel("time.sleep(0.05)\n" + "torch.softmax(x, -1, out=out)")
+    command = [
+        sys.executable,
+        "bench.py",
+        "run",
+        "softmax[m=16,n=64]",
+        "--only",
+        "mine",
+        "--load",
+        str(path),
+        "--rounds",
+        "500",
+    ]
+    env = {**os.environ, "ROOFTUNE_RESULTS_DIR": str(tmp_path / "runs")}
+    parent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    workers = _wait_for(lambda: _children(parent.pid))
+    assert workers
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert _wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 5.0)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_keeps_its_file(tmp_path: Path, kernel, signum: signal.Signals) -> None:  # type: ignore[no-untyped-def]
+    path = kernel("time.sleep(0.02)\n" + "torch.softmax(x, -1, out=out)")
+    out = tmp_path / "out.jsonl"
+    problems = ["softmax[m=16,n=64]", "softmax[m=16,n=65]", "softmax[m=16,n=66]"]
+    command = [
+        sys.executable,
+        "bench.py",
+        "run",
+        *problems,
+        "--precision",
+        "fp32",
+        "--only",
+        "mine",
+        "--load",
+        str(path),
+    ]
+    command += ["--rounds", "20", "--evidence", "none", "--json", str(out)]
+    env = {**os.environ, "ROOFTUNE_RESULTS_DIR": str(tmp_path / "runs")}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = lambda: next(iter((tmp_path / "runs").rglob("*.jsonl")), None)  # noqa: E731
+    assert _wait_for(
+        lambda: log() is not None and '"impl": "softmax/mine"' in log().read_text().replace('":"', '": "'), 90.0
+    )
+    process.send_signal(signum)
+    _, talk = process.communicate(timeout=20)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert "interrupted" in talk
+    assert "softmax/mine" in out.read_text()
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(x) for x in path.read_text().split()] if path.exists() else []
+
+
+def _wait_for(ready, limit_s: float = 60.0):  # type: ignore[no-untyped-def]
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        if found := ready():
+            return found
+        time.sleep(0.05)
+    return ready()
