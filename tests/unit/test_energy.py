@@ -403,3 +403,9 @@ def test_the_gpu_load_keeps_a_slice_queued(monkeypatch: pytest.MonkeyPatch) -> N
     done = sum(work() for _ in range(10))
     assert done == waited[0] == 50  # 5 ms slices of 1 ms calls
     assert set(log) == {5}
+
+
+def test_rare_looks_at_the_counter_widen_the_interval() -> None:
+    """Windows that agree exactly, each end seen up to 10 ms late in 1 s."""
+    same = [metering.Window(500.0, 1.0, 500, 50, 0.01)] * 8
+    assert metering.summarise(same, Meter(), None).u95_rel == pytest.approx(0.01 * math.sqrt(2 / 8))
