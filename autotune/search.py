@@ -47,7 +47,7 @@ class SearchSpace:
 
     def __init__(self, axes: Mapping[str, Sequence[Any]], index: Rows, start: Sequence[Config] = ()) -> None:
         self.axes = {name: list(values) for name, values in axes.items()}
-        self.index = np.asarray(index, dtype=np.int64).reshape(-1, len(self.axes))
+        self.index = np.asarray(index, dtype=np.int64).reshape(len(index), len(self.axes))
         self._row = {tuple(line): i for i, line in enumerate(self.index.tolist())}
         self.start = [self.row(config) for config in start]
 
