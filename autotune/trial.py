@@ -15,7 +15,9 @@ from rooftune.registry import Impl
 from rooftune.results import statistics
 
 ROUNDS = 3  # per config; its ratio to the default is a median of three
-CUT = 1.5  # a first round this much slower than the leader: no more rounds (one round errs by less, measured 35 % sd)
+# A first round this much behind the leader gets no more: single calls on a shared CPU vary by 35 % (sd), a round's
+# 25 % order statistic by less.
+CUT = 1.5
 
 
 class Bench:

@@ -36,7 +36,7 @@ class TuneResult:
     Attributes:
         config: what to use: the tuned config if it is `better`, else the default.
         winner: the config that was best in the final's choosing rounds, better than the default or not.
-        time_s, default_time_s: medians of the deciding rounds, seconds per call.
+        time_s, default_time_s: the winner's and the default's medians in the deciding rounds, seconds per call.
         speedup: default's time over the winner's in the deciding rounds, `speedup_ci` its 95 % interval.
         search_speedup: what the search had measured for the winner; `luck` = search_speedup / speedup - 1.
         rel_fro: relative Frobenius error of `config` in the thorough check.
