@@ -141,7 +141,7 @@ def choose(
     if torch is None:
         safe = next(i for i in registry.impls(asked.op) if i.baseline)
         known = passed_over[0].reason if passed_over else "nothing was measured for this problem on this device"
-        use = Candidate(safe.key, None, "default", why=f"torch, because {known}")
+        use = Candidate(safe.key, None, "default", why=f"{known}; torch is the safe choice")
         return Choice(str(asked), str(found), use, passed_over, run_it)
     base = Candidate(torch.impl, torch.config, "measured", torch.time_s, run=torch.run)
     rivals = [r for r in usable if not _is_baseline(r)]
@@ -151,9 +151,12 @@ def choose(
     use = max(faster, key=lambda c: c.ratio or 0.0, default=base)
     if use is base:
         best = max(field_, key=lambda c: c.ratio or 0.0, default=None)
-        use = replace(base, why="torch: " + (f"nothing beats it with confidence ({best.impl} {_shown(best)})" if best
-                                             else "no other competitor was measured"))  # fmt: skip
-    others = [replace(c, reason=_beaten(c, use)) for c in (base, *field_, *tuned) if c.why != use.why and c is not use]
+        seen = "nothing else was measured"
+        if best:
+            seen = f"nothing beats torch with confidence ({best.impl}: {_shown(best)})"
+        use = replace(base, why=seen)
+    lost = [c for c in (base, *field_, *tuned) if (c.impl, c.config) != (use.impl, use.config)]
+    others = [replace(c, reason=_beaten(c, use)) for c in lost]
     todo = run_it if not rivals else f'python bench.py tune "{asked}" --device {found}' if not tuned else ""
     return Choice(str(asked), str(found), use, [*others, *stale, *passed_over], todo)
 
@@ -216,7 +219,7 @@ def _measured(record: Record, torch: Record, rivals: int) -> Candidate:
     found = Candidate(
         record.impl, record.config, "measured", record.time_s, record.ratio_to_torch, interval, record.run
     )
-    return replace(found, why=f"{found.impl} {_shown(found)} in {record.run or 'a stored run'}")
+    return replace(found, why=f"{_shown(found)} in {record.run or 'a stored run'}")
 
 
 def _tuned(
@@ -250,7 +253,7 @@ def _tuned(
             continue
         low, high = (a * b for a, b in zip(default.ratio_ci, entry.speedup_ci, strict=True))
         candidate = replace(candidate, ratio=default.ratio * entry.speedup, ratio_ci=(low, high), run=default.run)
-        found.append(replace(candidate, why=f"{impl.key} {_shown(candidate)}: default {_shown(default)}, {looked.why}"))
+        found.append(replace(candidate, why=f"{_shown(candidate)}: its default {_shown(default)}, {looked.why}"))
     return found, stale
 
 

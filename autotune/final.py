@@ -83,7 +83,7 @@ def decide(
         return Final(pair[0], pair[1], value, None, False, "too few rounds for an interval", field)
     better = low > MARGIN
     shown = f"{value:.3f}x the default's speed, 95 % interval {low:.3f} to {high:.3f}"
-    why = f"{shown}, above {MARGIN}" if better else f"{shown}, not above {MARGIN}: the default stays"
+    why = f"{shown}, above {MARGIN}" if better else f"{shown}, not above {MARGIN}"
     return Final(pair[0], pair[1], value, (low, high), better, why, field)
 
 

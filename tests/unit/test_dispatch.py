@@ -93,7 +93,8 @@ def test_without_confidence_it_is_torch(low: float) -> None:
     answer = dispatch.explain(PROBLEM)
     assert answer["impl"] == "softmax/torch"
     assert answer["config"] == CALL
-    assert "nothing beats it with confidence (softmax/numba 1.50x" in answer["why"]
+    assert "nothing beats torch with confidence (softmax/numba: 1.50x" in answer["why"]
+    assert [c["impl"] for c in answer["considered"]] == ["softmax/numba"]
 
 
 @pytest.mark.parametrize(
