@@ -105,15 +105,16 @@ struct Product {
 
   __device__ __forceinline__ void add(const char* tile_a, const char* tile_b, int row, int col) {
     constexpr int STEPS = BLOCK_K / K_STEP;
-    // Fragments of this step and, under way, of the next; 128 accumulators leave no registers for the latter.
-    constexpr int BUFFERS = TM * TN <= 32 ? 2 : 1;
+    // Fragments of this step and, under way, of the next. 128 accumulators leave no registers for the latter,
+    // nor does fp8 on compute capability 9.0, where ptxas widens all steps it sees to fp16: 92 bytes spilled.
+    constexpr int BUFFERS = TM * TN <= 32 && PRECISION != FP8 ? 2 : 1;
     unsigned a[BUFFERS][TM][2], b[BUFFERS][TN][2];
     auto read = [&](int step) {
       read_fragments<A>(a[step % BUFFERS], tile_a, row, step);
       read_fragments<B>(b[step % BUFFERS], tile_b, col, step);
     };
     if (BUFFERS == 2) read(0);
-#pragma unroll
+#pragma unroll(PRECISION == FP8 ? 1 : STEPS)
     for (int step = 0; step < STEPS; step++) {
       const int now = step % BUFFERS;
       if (BUFFERS == 1) read(step);
@@ -208,10 +209,13 @@ struct Product {
 
 #endif
 
-template <class T> __device__ __forceinline__ T activate(T x) {
-  if (EPILOGUE == 2) return x < 0 ? T(0) : x;  // not fmaxf, which would drop a NaN
-  if constexpr (EPILOGUE == 3) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752440f));
-  return x;
+// What follows the product, for one value of c.
+__device__ __forceinline__ Out finish(Acc value, float scale, float bias) {
+  if constexpr (PRECISION == FP8) value *= scale;
+  if constexpr (EPILOGUE != 0) value += bias;
+  if constexpr (EPILOGUE == 2) value = value < 0 ? 0 : value;  // not fmaxf, which would drop a NaN
+  if constexpr (EPILOGUE == 3) value = 0.5f * value * (1.0f + erff(value * 0.70710678118654752440f));
+  return Convert<Out>::from(value);
 }
 
 // scale_a, scale_b: [1], fp8 only; bias: [n], with an epilogue only. Grid: one block per tile of c.
@@ -251,22 +255,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   copy_wait<0>();
   __syncthreads();
-  constexpr int LINE = BLOCK_N + 16 / (int)sizeof(Out);  // one chunk more: rows start in different banks
-  Out* staged = reinterpret_cast<Out*>(shared);
-  const float scale = PRECISION == FP8 ? *scale_a * *scale_b : 1.0f;
-  product.each([&](int r, int s, Acc value) {
-    if constexpr (PRECISION == FP8) value *= scale;
-    if constexpr (EPILOGUE != 0) {
-      if (n0 + col + s < n) value = activate(value + to_float(bias[n0 + col + s]));
-    }
-    staged[(row + r) * LINE + col + s] = Convert<Out>::from(value);
-  });
+  constexpr int LINE = BLOCK_N + 32 / (int)sizeof(Acc);  // 32 bytes more: rows start in different banks
+  Acc* staged = reinterpret_cast<Acc*>(shared);
+  product.each([&](int r, int s, Acc value) { staged[(row + r) * LINE + col + s] = value; });
   __syncthreads();
+  const float scale = PRECISION == FP8 ? *scale_a * *scale_b : 1.0f;
   constexpr int PER_LINE = BLOCK_N / VEC_C;
-#pragma unroll 4
+#pragma unroll 2
   for (int unit = threadIdx.x; unit < BLOCK_M * PER_LINE; unit += THREADS) {
     const int r = unit / PER_LINE, s = unit % PER_LINE * VEC_C;
-    if (m0 + r < m && n0 + s < n)
-      store<Out, VEC_C>(c + (long long)(m0 + r) * n + n0 + s, load<Out, VEC_C>(staged + r * LINE + s));
+    if (m0 + r >= m || n0 + s >= n) continue;
+    const Vec<Acc, VEC_C> values = load<Acc, VEC_C>(staged + r * LINE + s);
+    Vec<Out, VEC_C> added = {}, result;
+    if (EPILOGUE != 0) added = load<Out, VEC_C>(bias + n0 + s);
+#pragma unroll
+    for (int i = 0; i < VEC_C; i++) result.v[i] = finish(values.v[i], scale, to_float(added.v[i]));
+    store<Out, VEC_C>(c + (long long)(m0 + r) * n + n0 + s, result);
   }
 }

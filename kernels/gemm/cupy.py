@@ -17,16 +17,14 @@ PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8")
 EPILOGUES = ("none", "bias", "bias_relu", "bias_gelu")
 
 
-def _tile_bytes(rows: int, cols: int, size: int) -> int:
-    return rows * cols * size  # all tiles are swizzled, none is padded: their rows are powers of two of chunks
-
-
 def _shared_bytes(config: Config, problem: Problem) -> int:
-    """The ring of tiles, or the block of c that later takes its place, with 16 bytes of padding a line."""
-    size, out = cuda.bytes_in(problem), FORMATS[problem.precision].bytes_out
+    """The ring of tiles, or the 4-byte accumulators that later take its place, padded by 32 bytes a line.
+
+    The ring has no padding: its tiles' rows are powers of two of chunks, so they are swizzled.
+    """
     m, n, k = config["block_m"], config["block_n"], config["block_k"]
-    ring = config["num_stages"] * (_tile_bytes(m, k, size) + _tile_bytes(n, k, size))
-    return int(max(ring, m * (n * out + 16)))
+    ring = config["num_stages"] * (m + n) * k * cuda.bytes_in(problem)
+    return int(max(ring, m * (n * 4 + 32)))
 
 
 def _warp(config: Config) -> tuple[int, int]:
@@ -74,18 +72,22 @@ def _fits(config: Config, problem: Problem) -> bool:
 
 
 def _default(problem: Problem) -> Config:
-    """128 x 128 and 128 bytes of k, three stages: 96 KiB. Fewer rows where m has no more."""
-    size, fp32 = cuda.bytes_in(problem), problem.precision == "fp32"
-    rows = next((r for r in (32, 64) if problem["m"] <= r), 128)
+    """128 x 128 and 128 bytes of k, three stages: 96 KiB; fewer rows where m has no more.
+
+    fp32: 128 x 64 in 4 warps, three blocks at once, which is 12 warps of up to 168 registers (128 x 128
+    in 8 warps, two at once, has 128 registers and spills some).
+    """
+    size, rows = cuda.bytes_in(problem), next((r for r in (32, 64) if problem["m"] <= r), 128)
+    fp32 = problem.precision == "fp32"
     return {
         "block_m": rows,
-        "block_n": 128,
+        "block_n": 64 if fp32 else 128,
         "block_k": (64 if fp32 else 128) // size,
-        "warps_m": {32: 1, 64: 2, 128: 4 if fp32 else 2}[rows],
-        "warps_n": 2 if fp32 else 4,
+        "warps_m": rows // 32 if fp32 else max(rows // 64, 1),
+        "warps_n": 1 if fp32 and rows == 128 else 2 if fp32 else 4,
         "num_stages": 3,
         "group_m": 8,
-        "min_blocks": 2 if fp32 else 1,
+        "min_blocks": 3 if fp32 else 1,
     }
 
 
@@ -98,7 +100,7 @@ SPACE = Space(
         "warps_n": (1, 2, 4),
         "num_stages": (2, 3, 4, 5),
         "group_m": (1, 4, 8, 16),
-        "min_blocks": (1, 2),
+        "min_blocks": (1, 2, 3),
     },
     where=(_depth, _block_size, _warp_tile, _fits, _registers),
     default=_default,

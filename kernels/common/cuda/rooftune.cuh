@@ -26,6 +26,7 @@ template <> struct Format<INT8> { using In = signed char; using Acc = int;   usi
 template <> struct Format<FP8>  { using In = e4m3;        using Acc = float; using Out = bf16; };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(int x) { return (float)x; }
 template <class T> struct Convert;
 template <> struct Convert<float> { static __device__ __forceinline__ float from(float x) { return x; } };
 template <> struct Convert<int> { static __device__ __forceinline__ int from(int x) { return x; } };

@@ -1,0 +1,69 @@
+"""What the CUDA C++ row kernels (softmax, layernorm) share: their space and how a row is dealt out (cuda/rows.cuh)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rooftune.core import Config, Problem, Space
+from rooftune.kernels.common.cupy_kernel import ALIGNMENT, PRECISION_CODE, Kernel, bytes_in, chunk
+
+KEPT_VALUES = 64  # fp32 values a thread keeps in registers; 96 and more spill beside what the kernel needs
+WANTED_VALUES = 32  # of the untuned config: four 16-byte loads of bf16 under way in each thread
+
+
+def _vec(config: Config, problem: Problem) -> int:
+    """Elements a load: the config's, or fewer where rows of n elements are not aligned to that."""
+    return int(min(config["vec"], chunk(problem["n"], bytes_in(problem))))
+
+
+def _values(threads: int, vec: int, n: int) -> int:
+    """Values of a row that one thread handles, tail included."""
+    return -(-n // (threads * vec)) * vec
+
+
+def _one_load(config: Config, problem: Problem) -> bool:
+    return bool(config["vec"] * bytes_in(problem) <= ALIGNMENT)
+
+
+def _block(config: Config, problem: Problem) -> bool:
+    """A block holds whole rows."""
+    return bool(config["threads_per_row"] <= config["num_threads"])
+
+
+def _default(problem: Problem) -> Config:
+    widest = ALIGNMENT // bytes_in(problem)
+    vec, threads = _vec({"vec": widest}, problem), 8
+    while threads < 1024 and _values(threads, vec, problem["n"]) > WANTED_VALUES:
+        threads *= 2
+    return {"threads_per_row": threads, "num_threads": max(threads, 128), "vec": widest}
+
+
+SPACE = Space(
+    axes={
+        "threads_per_row": (8, 16, 32, 64, 128, 256, 512, 1024),
+        "num_threads": (64, 128, 256, 512, 1024),
+        "vec": (1, 2, 4, 8),
+    },
+    where=(_one_load, _block),
+    default=_default,
+)
+
+
+def kernel(source: Path, entry: str, problem: Problem, config: Config, **macros: int) -> Kernel:
+    """The kernel of a row operator; rows above KEPT_VALUES a thread are read again in every pass."""
+    vec, threads = _vec(config, problem), config["num_threads"]
+    values = _values(config["threads_per_row"], vec, problem["n"])
+    settings = {
+        "PRECISION": PRECISION_CODE[problem.precision],
+        "BLOCK_THREADS": threads,
+        "ROW_THREADS": config["threads_per_row"],
+        "VEC": vec,
+        "ITEMS": values // vec if values <= KEPT_VALUES else 0,
+        **macros,
+    }
+    return Kernel(source, entry, tuple(settings.items()), threads, 2 * threads // 32 * 4)
+
+
+def grid(problem: Problem, config: Config) -> int:
+    """Blocks for all rows."""
+    return -(-problem["m"] * config["threads_per_row"] // config["num_threads"])
