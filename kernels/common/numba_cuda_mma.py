@@ -1,0 +1,140 @@
+"""Numba-CUDA's asynchronous copies and tensor cores: `cp.async`, `ldmatrix`, `mma.sync` as intrinsics.
+
+Needs sm_80. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type". Twins of
+the same meaning for the CPU are in `numba_cuda_sim.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.cuda.extending import intrinsic
+
+from rooftune.kernels.common.numba_cuda_ptx import F32, I32, SHARED, device, emit, float32, pointer_to, uint32
+
+
+def _shared_address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """The 32-bit shared-space address that `cp.async` and `ldmatrix` take.
+
+    All in 32 bits: with 64-bit indices the fp16 product of 128x128 tiles needed 155 registers.
+    """
+    data = context.make_array(array_type)(context, builder, array).data
+    base = builder.ptrtoint(builder.addrspacecast(data, data.type.pointee.aspointer_to(SHARED)), I32)
+    size = ir.Constant(I32, array_type.dtype.bitwidth // 8)
+    return builder.add(base, builder.mul(builder.trunc(index, I32), size))
+
+
+@intrinsic
+def copy16(typingctx: Any, target: Any, i: Any, source: Any, j: Any, inside: Any) -> Any:
+    """Begin to copy 16 bytes from global to shared memory; zeros if not inside (then nothing is read)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        to = _shared_address(context, builder, sig.args[0], args[0], args[1])
+        begin = pointer_to(context, builder, sig.args[2], args[2], args[3], ir.IntType(8))
+        begin = builder.addrspacecast(begin, ir.IntType(8).aspointer_to(1))  # cp.async reads the global space
+        size = builder.select(args[4], ir.Constant(I32, 16), ir.Constant(I32, 0))
+        text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
+        emit(builder, ir.VoidType(), [to, begin, size], text, "r,l,r", volatile=True)
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, source, types.int64, types.boolean), codegen
+
+
+@intrinsic
+def copy_commit(typingctx: Any) -> Any:
+    """Close the group of copies begun since the last one."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        emit(builder, ir.VoidType(), [], "cp.async.commit_group;", "", volatile=True)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def copy_wait(newest: int) -> Any:
+    """Make wait(): wait for this thread's groups of copies, except the `newest` ones (part of the instruction)."""
+
+    @intrinsic
+    def wait(typingctx: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            emit(builder, ir.VoidType(), [], f"cp.async.wait_group {newest};", "", volatile=True)
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return wait
+
+
+def _ldmatrix(suffix: str) -> Any:
+    @intrinsic
+    def load(typingctx: Any, local: Any, at: Any, array: Any, i: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            row = _shared_address(context, builder, sig.args[2], args[2], args[3])
+            text = f"ldmatrix.sync.aligned.m8n8.x4{suffix}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
+            four = emit(builder, ir.LiteralStructType([I32] * 4), [row], text, "=r,=r,=r,=r,r", volatile=True)
+            for w in range(4):
+                place = builder.add(args[1], ir.Constant(args[1].type, w))
+                word = builder.extract_value(four, w)
+                builder.store(word, pointer_to(context, builder, sig.args[0], args[0], place, I32))
+            return context.get_dummy_value()
+
+        return types.void(local, types.int64, array, types.int64), codegen
+
+    return load
+
+
+ldmatrix = _ldmatrix("")
+ldmatrix_t = _ldmatrix(".trans")
+
+
+def _mma(kind: str) -> Any:
+    text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, "
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+
+    @intrinsic
+    def tile(typingctx: Any, acc: Any, c: Any, a: Any, ai: Any, b: Any, bi: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            def slots(which: int, count: int, kind: Any) -> list[Any]:
+                index = args[which + 1]
+                at = [builder.add(index, ir.Constant(index.type, w)) for w in range(count)]
+                return [pointer_to(context, builder, sig.args[which], args[which], p, kind) for p in at]
+
+            sums = slots(0, 4, F32)
+            words = [builder.load(p) for p in slots(2, 4, I32) + slots(4, 2, I32) + sums]
+            four = ir.LiteralStructType([F32] * 4)
+            result = emit(builder, four, words, text + "{$10,$11,$12,$13};", constraints)
+            for w, pointer in enumerate(sums):
+                builder.store(builder.extract_value(result, w), pointer)
+            return context.get_dummy_value()
+
+        i64 = types.int64
+        return types.void(acc, i64, a, i64, b, i64), codegen
+
+    @device
+    def mma(acc: Any, c: Any, a: Any, ai: Any, b: Any, bi: Any, count: Any) -> None:
+        """acc += a @ b for one 16x16 tile against `count` 16x8 tiles."""
+        for n in range(count):
+            tile(acc, c + 4 * n, a, ai, b, bi + 2 * n)
+
+    return mma
+
+
+MMA = {"fp16": _mma("f16"), "bf16": _mma("bf16")}
+
+
+def _pack(kind: str) -> Any:
+    @intrinsic
+    def pack(typingctx: Any, low: Any, high: Any) -> Any:
+        """Two fp32 values rounded to 16 bits in one word, the first in the low half."""
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return emit(builder, I32, [args[1], args[0]], f"cvt.rn.{kind}.f32 $0, $1, $2;", "=r,f,f")
+
+        return uint32(float32, float32), codegen
+
+    return pack
+
+
+PACK = {"fp16": _pack("f16x2"), "bf16": _pack("bf16x2")}
