@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -94,11 +95,11 @@ def run(
     runners = [_Runner(c, CompositionResult(c.name, reason=c.reason)) for c in compositions]
     with ExitStack() as processes:
         for runner in runners:
-            if runner.composition.choices:
-                event("prepare", runner.composition.name)
-                _prepare(runner, lab, shape, options.seed, processes)
-            else:
-                runner.result.status = str(Status.SKIPPED)
+            _start(runner, lab, processes)  # in this thread: a worker dies with the thread that started it
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(_prepare, r, shape, options.seed, lab.device, event) for r in runners if r.worker]
+        for job in jobs:
+            job.result()
         _rounds([r for r in runners if r.handle is not None], lab, options, event)
         for runner in runners:
             if runner.handle is not None:
@@ -119,16 +120,24 @@ def run(
     )  # fmt: skip
 
 
-def _prepare(runner: _Runner, lab: Lab, shape: Shape, seed: int, processes: ExitStack) -> None:
+def _start(runner: _Runner, lab: Lab, processes: ExitStack) -> None:
+    if not runner.composition.choices:
+        runner.fail(str(Status.SKIPPED), runner.composition.reason)
+        return
     try:
         runner.worker = Worker(_host(runner.composition), "native", lab.device, lab.threads)
     except UsageError as error:
         runner.fail(str(Status.SKIPPED), str(error))
         return
     processes.callback(runner.worker.close)
+
+
+def _prepare(runner: _Runner, shape: Shape, seed: int, device: str, event: Event) -> None:
+    """Build and check."""
+    event("prepare", runner.composition.name)
     choices = {name: {"impl": c.impl, "config": c.config} for name, c in runner.composition.choices.items()}
     try:
-        reply = runner.ask("prepare", PREPARE_S, shape=asdict(shape), choices=choices, seed=seed, device=lab.device)
+        reply = runner.ask("prepare", PREPARE_S, shape=asdict(shape), choices=choices, seed=seed, device=device)
     except UsageError as error:
         runner.fail(str(Status.SKIPPED), str(error))
         return
