@@ -168,7 +168,9 @@ def _registers(config: Config, problem: Problem) -> bool:
 def _depth(config: Config, problem: Problem) -> bool:
     """block_k: one instruction's worth at least, 128 bytes of 32-bit operands at most."""
     size = FORMATS[problem.precision].bytes_in
-    return bool(config["block_k"] >= (32 if size == 1 else 16) and config["block_k"] * size <= 256 // (2 if size == 4 else 1))
+    return bool(
+        config["block_k"] >= (32 if size == 1 else 16) and config["block_k"] * size <= 256 // (2 if size == 4 else 1)
+    )
 
 
 def _shared(config: Config, problem: Problem) -> bool:
@@ -210,7 +212,7 @@ def _default(problem: Problem) -> Config:
     config = {"group_m": 8, "num_stages": 3, "schedule": "pointer", "split_k": 1}
     config["fast_accum"] = problem.precision == "fp8"
     if problem.precision == "fp32":
-        return {"block_m": 64, "block_n": 64, "block_k": 16, "num_warps": 8, **config}
+        return {"block_m": 128, "block_n": 128, "block_k": 16, "num_warps": 8, **config}
     if m <= 64 and not _small(problem):  # a few tokens: narrow tiles so that every multiprocessor gets some of b
         return {"block_m": power_of_two(max(m, 16)), "block_n": 64, "block_k": 128 // size, "num_warps": 4, **config}
     if problem.precision == "tf32":
