@@ -54,6 +54,9 @@ def reference(problem: Problem, tensors: Sequence[Any], rows: Sequence[int] | No
         vd = v[kv].double()
         value[where] = p @ vd
         scale_in[where] = p @ vd.abs()
+        if problem.precision == "tf32":  # rounded q and k move the scores themselves, by u_in times this
+            terms = q[bh // h, bh % h, i].double().square() @ k[kv].double().square().t() / d
+            scale_in[where] *= 1 + terms.sqrt().amax(-1, keepdim=True)
         largest = s.nan_to_num(neginf=0.0).abs().amax(-1, keepdim=True)
         scale_acc[where] = (p @ vd.abs()) * (1 + largest)
     return Reference(value, scale_in, scale_acc)
