@@ -84,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     _add_device_options(run)
     _add_output_options(run)
     run.add_argument("--evidence", choices=("auto", "none", "only", "full"), default="auto",
-                     help="prove GPU kernels without a GPU: emulate and compile (auto: where there is none)")  # fmt: skip
+                     help="emulate and compile the kernels of a GPU that is not here (full: every case)")  # fmt: skip
+    run.add_argument("--energy", action="store_true", help="joules per call, where there is a sensor (a minute each)")
     run.add_argument("--dry-run", action="store_true", help="print the plan")
     tune = verb("tune", "search configs and precisions; keep a winner only if it beats the default")
     _add_race_options(tune)

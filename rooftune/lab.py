@@ -32,6 +32,10 @@ START_FAILURES = 3  # a worker that cannot start three times in a row stops the 
 PREPARE_S = 240.0  # build and check; inductor and LLVM need tens of seconds on a loaded machine
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 
+# "Die with the parent" means the parent *thread* (prctl(2), PR_SET_PDEATHSIG): a child that a pool's thread
+# started would be killed when the pool ends, so one thread that lives as long as we do starts them all.
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="rooftune-starter")
+
 
 class WorkerDied(Exception):
     """The worker is gone or cannot be understood; `status` says how."""
@@ -69,7 +73,8 @@ class Worker:
         fds = (request_read, reply_write)
         command = [sys.executable, "-P", "-m", "rooftune.worker", *map(str, fds), mode, device]
         try:
-            self.process = subprocess.Popen(
+            self.process = _STARTER.submit(
+                subprocess.Popen,
                 command,
                 env=env,
                 pass_fds=fds,
@@ -77,7 +82,7 @@ class Worker:
                 stdout=self.log,
                 stderr=self.log,
                 start_new_session=True,
-            )
+            ).result()
         finally:
             os.close(request_read)
             os.close(reply_write)
@@ -194,9 +199,6 @@ class Lab:
         self.device, self.threads = device, threads
         self.kind = kind or device.partition(":")[0]
         self._workers: dict[tuple[str, str], Worker] = {}
-        # Children are tied to the life of the *thread* that started them (PR_SET_PDEATHSIG), so one thread
-        # that lives as long as the Lab starts them all: a pool's thread would take its workers along.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="rooftune-starter")
         self._start_failures = 0
         self._lock_path = _lock_path(device)
 
@@ -210,7 +212,6 @@ class Lab:
         for worker in list(self._workers.values()):
             worker.close()
         self._workers.clear()
-        self._starter.shutdown()
 
     def worker(self, impl: Impl | None, mode: str = "native") -> Worker:
         """The live worker of a competitor, started if need be.
@@ -224,8 +225,7 @@ class Lab:
             return found
         device = self.device if mode == "native" else "cpu"
         while True:
-            threads = self.threads if mode == "native" else 1
-            started = self._starter.submit(Worker, impl, mode, device, threads).result()
+            started = Worker(impl, mode, device, self.threads if mode == "native" else 1)
             try:
                 started.request("hello", 60.0)
             except WorkerDied as death:
@@ -290,6 +290,15 @@ class Lab:
         ):
             return Reply(Status.FAILED_CRASH, f"protocol: samples are {str(samples)[:60]}")
         return reply
+
+    def measure_energy(self, impl: Impl, handle: int, seed: int, deadline_s: float = 300.0) -> Reply:
+        """Joules per call; `data["energy"]` is an `Energy` as it prints itself."""
+        try:
+            data = self.worker(impl).request("energy", deadline_s, handle=handle, seed=seed)
+        except WorkerDied as death:
+            self.retire(impl)
+            return Reply(death.status, str(death))
+        return Reply(Status.OK, "", data)
 
     def release(self, impl: Impl, handle: int) -> None:
         """Free a prepared candidate; nothing happens if its worker is gone."""

@@ -38,6 +38,7 @@ class Options:
     clock: str = "wall"
     seed: int = field(default_factory=lambda: secrets.randbits(31))
     thorough: bool = True
+    energy: bool = False
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Entrant:
     rounds: list[list[float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     build_s: float | None = None
+    energy: dict[str, Any] | None = None
 
     @property
     def label(self) -> str:
@@ -226,10 +228,26 @@ def race(
                 entrant.handle = None
         prepare(lab, problem, runners, options if not launch else replace(options, thorough=False), seen, event)
         time_rounds(lab, problem, [e for e in runners if e.status == Status.OK], options, rounds, event)
+    if options.energy:
+        measure_energy(lab, runners, options, event)
     for entrant in runners:
         if entrant.handle is not None:
             lab.release(entrant.impl, entrant.handle)
     return judge(registry.op(problem.op), problem, field_, options, ceilings, lab)
+
+
+def measure_energy(lab: Lab, runners: Sequence[Entrant], options: Options, event: Event) -> None:
+    """Joules per call of everyone still in the race, in random order, after the timing."""
+    rng = random.Random(f"{options.seed}:energy")
+    for entrant in rng.sample(list(runners), len(runners)):
+        if entrant.handle is not None:
+            event("energy", entrant.label)
+            with lab.exclusive():
+                reply = lab.measure_energy(entrant.impl, entrant.handle, rng.getrandbits(31))
+            if reply.ok:
+                entrant.energy = reply.data["energy"]
+            else:  # it failed under a load of seconds: that is a failure, its time goes too
+                entrant.fail(reply)
 
 
 def judge(
@@ -257,6 +275,7 @@ def judge(
             reason=entrant.reason,
             evidence=Evidence.MEASURED,
             error=entrant.error,
+            energy=entrant.energy,
             source_hash=entrant.impl.source_hash,
             regime={
                 "clock": options.clock,

@@ -99,7 +99,7 @@ class Session:
 
         if self._energy is None:
             found = sensors.find_sensor(self.device)
-            none = found if isinstance(found, Energy) else Energy.unavailable("a race measures no energy; `block` does")
+            none = found if isinstance(found, Energy) else Energy.unavailable("not asked for: run --energy")
             self._energy = none.as_json()
         return dict(self._energy)
 

@@ -110,6 +110,7 @@ def options(chosen: argparse.Namespace) -> race.Options:
         cache=chosen.cache,
         clock=chosen.clock,
         seed=secrets.randbits(31) if chosen.seed is None else chosen.seed,
+        energy=getattr(chosen, "energy", False),
     )
 
 

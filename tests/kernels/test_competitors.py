@@ -1,0 +1,121 @@
+"""Every competitor, found by itself: right on the CPU, or emulated on it, or compiled for four GPUs.
+
+A competitor whose packages are missing is skipped with that reason; nothing else is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from rooftune import evidence, registry
+from rooftune.core import Evidence, Problem, Status
+from rooftune.lab import Lab
+from rooftune.registry import Impl
+
+IMPLS = [impl for op in registry.op_names() for impl in registry.impls(op)]
+NATIVE = [i for i in IMPLS if "cpu" in i.devices]
+GPU = [i for i in IMPLS if "cpu" not in i.devices]
+# flags that change a kernel's code path; each precision gets the first, the first precision gets them all
+VARIANTS = {
+    "gemm": ({}, {"transpose": "nt", "epilogue": "bias_gelu"}, {"transpose": "tn", "epilogue": "bias"},
+             {"transpose": "tt", "epilogue": "bias_relu"}),
+    "attention": ({"causal": "1"}, {}),
+    "layernorm": ({}, {"rms": "1"}),
+    "softmax": ({},),
+}  # fmt: skip
+SIZES = {
+    "gemm": {"m": 130, "n": 200, "k": 90},
+    "attention": {"b": 2, "h": 4, "hkv": 2, "sq": 150, "sk": 190, "d": 64},
+    "layernorm": {"m": 70, "n": 1000},
+    "softmax": {"m": 70, "n": 1000},
+}
+TORCH_INT8 = {"m": 144, "n": 208, "k": 96}  # torch's int8 and fp8 calls want multiples of 16
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab("cpu", threads=2) as made:
+        yield made
+
+
+def _cases(impls: list[Impl]) -> list[object]:
+    found = []
+    for impl in impls:
+        for precision in impl.precisions:
+            variants = VARIANTS.get(impl.op, ({},))
+            for flags in variants if precision == impl.precisions[0] else variants[:1]:
+                if precision == "fp8":
+                    flags = {"transpose": "nt"}
+                label = "-".join([impl.key, precision, *(f"{k}:{v}" for k, v in flags.items())])
+                found.append(pytest.param(impl, precision, flags, id=label))
+    return found
+
+
+def _need(impl: Impl) -> None:
+    if impl.missing:
+        pytest.skip(f"{impl.key}: {impl.missing}")
+
+
+@pytest.mark.parametrize(("impl", "precision", "flags"), _cases(NATIVE))
+def test_native_competitors_pass_the_whole_gate(lab: Lab, impl: Impl, precision: str, flags: dict[str, str]) -> None:
+    _need(impl)
+    sizes = TORCH_INT8 if precision in ("int8", "fp8") else SIZES[impl.op]
+    problem = registry.problem(Problem.make(impl.op, precision, flags, **sizes))
+    found = lab.space(impl, problem)
+    reply = lab.prepare(impl, problem, found["default"], seed=11)
+    if precision == "tf32" and reply.status == Status.SKIPPED:
+        assert "GPU" in reply.reason or "CUDA" in reply.reason
+        return
+    assert reply.status == Status.OK, f"{reply.status}: {reply.reason}"
+    assert len(reply.data["error"]["cases"]) > 1
+
+
+@pytest.mark.parametrize("impl", [pytest.param(i, id=i.key) for i in NATIVE if not i.baseline and not i.per_shape])
+def test_other_configs_of_native_competitors_are_right_too(lab: Lab, impl: Impl) -> None:
+    _need(impl)
+    problem = registry.problem(Problem.make(impl.op, "fp32", VARIANTS[impl.op][0], **SIZES[impl.op]))
+    configs = lab.space(impl, problem)["configs"]
+    for config in configs[:: max(1, len(configs) // 3)]:
+        reply = lab.prepare(impl, problem, config, seed=12, thorough=False)
+        assert reply.status == Status.OK, f"{config}: {reply.status}: {reply.reason}"
+
+
+@pytest.mark.parametrize(("impl", "precision", "flags"), _cases(GPU))
+def test_gpu_competitors_are_right_when_emulated(lab: Lab, impl: Impl, precision: str, flags: dict[str, str]) -> None:
+    _need(impl)
+    small = registry.op(impl.op).small(precision)[0]
+    problem = registry.problem(Problem(small.op, small.dims, precision, tuple(sorted(flags.items()))))
+    thorough = flags == VARIANTS[impl.op][0] and precision in ("bf16", "fp32", "int8")
+    thorough = thorough and not (impl.name == "numba_cuda" and precision == "fp32")  # minutes in the simulator
+    record = evidence.emulate(lab, impl, problem, seed=13, thorough=thorough)
+    assert record.evidence == Evidence.EMULATED
+    assert record.status == Status.OK, f"{record.status}: {record.reason}"
+    assert record.time_s is None
+
+
+@pytest.mark.parametrize(
+    ("impl", "precision"), [pytest.param(i, p, id=f"{i.key}-{p}") for i in GPU for p in i.precisions]
+)
+def test_gpu_competitors_compile_without_spills(lab: Lab, impl: Impl, precision: str) -> None:
+    _need(impl)
+    record = evidence.compile_all(lab, impl, evidence.compile_problem(impl.op, precision))
+    assert record.status == Status.OK, f"{record.status}: {record.reason}"
+    assert [row["arch"] for row in record.resources or ()] == list(evidence.ARCHITECTURES)
+    for row in record.resources or ():
+        assert 0 < row["registers"] <= 255
+        assert row["spill_bytes"] == 0, row
+        assert row["shared_bytes"] <= 232_448
+        if impl.op in ("gemm", "attention") and precision in ("fp16", "bf16"):
+            assert row["tensor_core"], f"{row['arch']}: no tensor-core instruction"
+
+
+def test_listing_is_complete_and_says_what_each_is() -> None:
+    for op in registry.op_names():
+        names = {i.name for i in registry.impls(op)}
+        assert {"torch", "torch_compile", "numba", "triton", "numba_cuda", "cupy"} <= names
+    for impl in IMPLS:
+        assert impl.summary.endswith("."), f"{impl.path} has no first line"
+        assert set(impl.precisions) <= set(registry.op(impl.op).precisions)
+        assert ("cpu" in impl.devices) or (impl.emulates and impl.compiles), impl.key

@@ -1,0 +1,150 @@
+"""The command line as a user meets it: exit codes, one-line errors, data on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rooftune.core import ExitCode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bench(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "bench.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+
+
+BAD = {
+    "unknown op": (["run", "gem"], "unknown op 'gem'; known: attention, gemm, layernorm, softmax"),
+    "unknown competitor": (["run", "softmax", "--only", "trton"], "unknown competitor 'trton'; known: cupy"),
+    "unknown precision": (["run", "softmax", "--precision", "fp12"], "unknown precision 'fp12'; known: bf16"),
+    "precision the op lacks": (["run", "softmax[m=4,n=4,int8]"], "unknown precision of softmax 'int8'"),
+    "unknown suite": (["run", "softmax", "--suite", "larg"], "unknown suite 'larg'; known: ci, fa"),
+    "unknown device": (["run", "softmax", "--device", "tpu"], "tpu"),
+    "absent device": (["run", "softmax", "--device", "rocm"], "no ROCm device"),
+    "zero": (["run", "softmax[m=0,n=4]"], "m in 'softmax[m=0,n=4]' must be positive"),
+    "negative": (["run", "gemm[m=4,n=-4,k=4]"], "must be positive"),
+    "not a number": (["run", "softmax[m=x,n=4]"], "m"),
+    "larger than memory": (["run", "softmax[m=4000000,n=400000]", "--dtype", "fp32"], "GiB for inputs, output"),
+    "missing kernel file": (["run", "softmax", "--load", "nowhere.py"], "nowhere.py: no such file"),
+    "no rounds": (["run", "softmax", "--rounds", "0"], "--rounds must be positive"),
+    "no such folder": (["run", "softmax", "--json", "/no/such/folder/x.jsonl"], "there is no folder /no/such/folder"),
+    "no such run": (["compare", "nothing", "latest"], "nothing"),
+    "no such model": (["block", "--model", "gpt5"], "gpt5"),
+    "cpu clock of many threads": (["run", "softmax", "--clock", "cpu", "--threads", "2"], "--threads 1"),
+    "bad environment": (["run", "softmax"], "ROOFTUNE_CACHE=lukewarm"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_input_gets_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
+    arguments, words = BAD[name]
+    env = {"ROOFTUNE_CACHE": "lukewarm"} if name == "bad environment" else {}
+    done = bench(*arguments, **env)
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("rooftune: ")]
+    assert len(lines) == 1, done.stderr
+    assert words in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"[]", ""),
+        (b"null", ""),
+        (b"\x00" * 4096, ""),
+        (b"\xff\xfe\xfa", ""),
+        (b'{"schema": 99, "kind": "result"}\n', "99"),
+    ],
+)
+def test_a_results_file_that_is_none_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(content)
+    for arguments in (["compare", str(path), str(path)], ["check", "--baseline", str(path)]):
+        done = bench(*arguments)
+        assert done.returncode == ExitCode.USAGE, done.stderr
+        assert str(path.name) in done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_raises_on_import_stops_before_anything_is_timed(kernel) -> None:  # type: ignore[no-untyped-def]
+    path = kernel()
+    path.write_text(path.read_text() + "\nraise OSError('libfoo.so not found')\n")
+    done = bench("run", "softmax[m=8,n=64]", "--load", str(path))
+    assert done.returncode == ExitCode.USAGE
+    assert "mine.py raises on import: OSError: libfoo.so not found" in done.stderr
+
+
+def test_a_users_kernel_joins_the_race_and_json_has_its_keys(kernel) -> None:  # type: ignore[no-untyped-def]
+    done = bench("run", "softmax[m=64,n=256,fp32]", "--only", "torch", "--load", str(kernel()), "--rounds", "6",
+                 "--evidence", "none", "--json")  # fmt: skip
+    assert done.returncode == ExitCode.OK, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    promised = "problem op shape precision impl config default status reason evidence time_s time_ci_s ratio_to_torch"
+    promised += " ratio_ci tflops gbps roof error energy device"
+    for row in rows:
+        assert set(promised.split()) <= set(row)
+        assert row["energy"]["joules"] is None
+        assert row["energy"]["reason"]
+    mine = next(r for r in rows if r["impl"] == "softmax/mine")
+    assert mine["status"] == "ok"
+    assert mine["shape"] == "m=64,n=256"
+    assert mine["roof"] > 0
+    low, high = mine["ratio_ci"]
+    assert low <= mine["ratio_to_torch"] <= high
+
+
+def test_a_wrong_kernel_has_no_time_and_exit_code_1(kernel) -> None:  # type: ignore[no-untyped-def]
+    done = bench("run", "softmax[m=64,n=8192,fp32]", "--only", "torch", "--load", str(kernel("out.zero_()")),
+                 "--rounds", "6", "--evidence", "none", "--json")  # fmt: skip
+    assert done.returncode == ExitCode.REGRESSION
+    mine = next(r for r in map(json.loads, done.stdout.splitlines()) if r["impl"] == "softmax/mine")
+    assert (mine["status"], mine["time_s"], mine["rounds"]) == ("wrong", None, None)
+    assert "Frobenius" in mine["reason"]
+
+
+def test_nothing_that_can_run_is_exit_code_4() -> None:
+    done = bench("run", "softmax[m=8,n=64,bf16]", "--only", "triton", "--evidence", "none")
+    assert done.returncode == ExitCode.NOTHING_RAN, done.stderr
+
+
+def test_two_runs_compare_and_the_gate_answers(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        done = bench("run", "softmax[m=64,n=256,fp32]", "--only", "torch", "--rounds", "6", "--evidence", "none",
+                     "--json", str(tmp_path / name))  # fmt: skip
+        assert done.returncode == ExitCode.OK, done.stderr
+    done = bench("compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    # two stored sessions can be alike or suspect, but they never confirm a regression by themselves
+    assert done.returncode in (ExitCode.OK, ExitCode.INCONCLUSIVE), done.stdout
+    assert "softmax[m=64,n=256,fp32]" in done.stdout
+
+
+def test_help_is_fast_in_cpu_time() -> None:
+    """The budget of 0.15 s is for a quiet machine; three times that, best of three, holds on a loaded one."""
+    best = min(_cpu_s("--help") for _ in range(3))
+    assert best < 0.45
+
+
+def _cpu_s(*arguments: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert bench(*arguments).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+
+
+def test_the_overview_names_what_is_missing_and_what_to_do_next() -> None:
+    done = bench()
+    assert done.returncode == ExitCode.OK
+    for words in ("softmax", "numba", "triton", "suites: ci", "next: python bench.py run"):
+        assert words in done.stdout
