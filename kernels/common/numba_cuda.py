@@ -30,16 +30,17 @@ cuda: Any
 ops: Any  # numbers and memory
 warps: Any  # asynchronous copies and tensor cores
 if EMULATED:
-    from rooftune.kernels.common import numba_cuda_sim as ops
-    from rooftune.kernels.common.numba_cuda_block import cuda as namespace
+    from rooftune.kernels.common import numba_cuda_sim
 
-    warps = ops
+    ops = warps = numba_cuda_sim
+    cuda = numba_cuda_sim.cuda
 else:
-    from numba import cuda as namespace
+    import numba.cuda
 
-    from rooftune.kernels.common import numba_cuda_mma as warps
-    from rooftune.kernels.common import numba_cuda_ptx as ops
-cuda = namespace
+    from rooftune.kernels.common import numba_cuda_mma, numba_cuda_ptx
+
+    ops, warps = numba_cuda_ptx, numba_cuda_mma
+    cuda = numba.cuda
 
 STATIC_SHARED = 49152  # bytes; more needs an opt-in per function that Numba's launch does not make
 MAX_THREADS = 1024
@@ -173,6 +174,7 @@ def has_driver() -> bool:
     return True
 
 
+_SHARED = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b8\s+[\w$.]+\[(\d+)\]")
 _TENSOR = re.compile(r"\b(mma\.sync\.aligned\.[\w.]+)")
 
 
@@ -222,7 +224,7 @@ def _read_log(log: str, ptx: str, arch: str, threads: int) -> Resources:
         arch=arch,
         registers=registers or None,
         spill_bytes=max(stack, spills) if registers else None,
-        shared_bytes=figure(r"(\d+) bytes smem") if registers else None,
+        shared_bytes=sum(map(int, _SHARED.findall(ptx))),  # ptxas would add what the system reserves
         tensor_core=tuple(sorted(set(_TENSOR.findall(ptx)))),
         toolchain=f"numba-cuda {numba_cuda.__version__}",
         threads=threads,

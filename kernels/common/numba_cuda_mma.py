@@ -21,7 +21,7 @@ def _shared_address(context: Any, builder: Any, array_type: Any, array: Any, ind
     All in 32 bits: with 64-bit indices the fp16 product of 128x128 tiles needed 155 registers.
     """
     data = context.make_array(array_type)(context, builder, array).data
-    base = builder.ptrtoint(builder.addrspacecast(data, data.type.pointee.aspointer_to(SHARED)), I32)
+    base = builder.ptrtoint(builder.addrspacecast(data, data.type.pointee.as_pointer(SHARED)), I32)
     size = ir.Constant(I32, array_type.dtype.bitwidth // 8)
     return builder.add(base, builder.mul(builder.trunc(index, I32), size))
 
@@ -33,7 +33,7 @@ def copy16(typingctx: Any, target: Any, i: Any, source: Any, j: Any, inside: Any
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         to = _shared_address(context, builder, sig.args[0], args[0], args[1])
         begin = pointer_to(context, builder, sig.args[2], args[2], args[3], ir.IntType(8))
-        begin = builder.addrspacecast(begin, ir.IntType(8).aspointer_to(1))  # cp.async reads the global space
+        begin = builder.addrspacecast(begin, ir.IntType(8).as_pointer(1))  # cp.async reads the global space
         size = builder.select(args[4], ir.Constant(I32, 16), ir.Constant(I32, 0))
         text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
         emit(builder, ir.VoidType(), [to, begin, size], text, "r,l,r", volatile=True)

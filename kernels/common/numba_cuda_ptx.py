@@ -36,9 +36,9 @@ def pointer_to(context: Any, builder: Any, array_type: Any, array: Any, index: A
     """Address of element `index` (no wrap-around), as a pointer to `to`; in shared memory the index has 32 bits."""
     data = context.make_array(array_type)(context, builder, array).data
     if space:
-        data = builder.addrspacecast(data, data.type.pointee.aspointer_to(space))
+        data = builder.addrspacecast(data, data.type.pointee.as_pointer(space))
         index = builder.trunc(index, I32)
-    return builder.bitcast(builder.gep(data, [index]), to.aspointer_to(space))
+    return builder.bitcast(builder.gep(data, [index]), to.as_pointer(space))
 
 
 def emit(builder: Any, result: Any, args: Any, text: str, constraints: str, volatile: bool = False) -> Any:

@@ -19,13 +19,12 @@ from rooftune.kernels.common.numba_cuda import (
     ceil_div,
     cuda,
     device,
-    float32,
-    fmax,
     per_vector,
+    register_limit,
     shfl_xor,
 )
 
-KEPT = 64  # fp32 values of a row one thread may keep in registers: 128 would spill at 1024 threads a block (64 each)
+KEPT = 64  # fp32 values of a row one thread may keep in registers; half in blocks above 512 threads (64 registers)
 
 F0 = np.float32(0)
 NEG_INF = np.float32(-np.inf)
@@ -47,13 +46,22 @@ class Layout:
         return 32 * self.warps
 
     @property
+    def threads(self) -> int:
+        return self.rows * self.threads_per_row
+
+    @property
+    def max_registers(self) -> int:
+        """So many that the block can be launched at all: the compiler does not know how many threads it has."""
+        return register_limit(self.threads, 1)
+
+    @property
     def chunks(self) -> int:
         return ceil_div(self.n, self.threads_per_row * self.vector)
 
     @property
     def kept(self) -> bool:
         """Whether a thread keeps its part of the row in registers, so that memory is read once."""
-        limit = KEPT if self.rows * self.threads_per_row <= 512 else KEPT // 2
+        limit = KEPT if self.threads <= 512 else KEPT // 2
         return self.chunks * self.vector <= limit
 
 
@@ -140,7 +148,3 @@ def reducer(shape: Layout, combine: Any) -> Any:
             return value
 
     return reduce_row
-
-
-maximum = fmax
-__all__ = ["F0", "NEG_INF", "SPACE", "Layout", "add", "float32", "layout", "loader", "maximum", "reducer"]

@@ -106,7 +106,7 @@ def _launch(problem: Problem, config: Config) -> common.Launch:
     rms = bool(problem.flag("rms"))
     arrays = (problem.precision,) * (3 if rms else 4)
     blocks = common.ceil_div(shape.m, shape.rows)
-    return common.Launch(_norm(shape, rms)[rms], blocks, shape.rows * shape.threads_per_row, arrays)
+    return common.Launch(_norm(shape, rms)[rms], blocks, shape.threads, arrays, shape.max_registers)
 
 
 def build(problem: Problem, config: Config) -> Run:

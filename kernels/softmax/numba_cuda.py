@@ -112,7 +112,7 @@ def _launch(problem: Problem, config: Config) -> common.Launch:
     shape = rows.layout(problem, config)
     function = _kept(shape) if shape.kept else _online(shape)
     blocks = common.ceil_div(shape.m, shape.rows)
-    return common.Launch(function, blocks, shape.rows * shape.threads_per_row, (problem.precision,) * 2)
+    return common.Launch(function, blocks, shape.threads, (problem.precision,) * 2, shape.max_registers)
 
 
 def build(problem: Problem, config: Config) -> Run:
