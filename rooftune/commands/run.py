@@ -40,7 +40,7 @@ def run(chosen: argparse.Namespace) -> ExitCode:
         if chosen.evidence in ("auto", "full", "none"):
             every = [impl for impls in field.values() for impl in impls]
             extra = common.tuned_entrants(session, problems, every)
-            records += measure(session, problems, field, timing, console, extra)
+            measure(session, problems, field, timing, console, extra, records)
         if chosen.evidence != "none":
             proofs = prove(session, field, common.precisions(chosen), timing.seed, chosen.evidence == "full")
             records += proofs
@@ -59,12 +59,16 @@ def measure(
     timing: race.Options,
     console: Any,
     extra: dict[Problem, list[race.Entrant]] | None = None,
+    records: list[Record] | None = None,
 ) -> list[Record]:
-    """Race the problems one after another; records are stored and shown as soon as a problem is done."""
+    """Race the problems one after another; records are stored and shown as soon as a problem is done.
+
+    `records` is extended as they come, so that an interrupt leaves the caller what there is.
+    """
     from rooftune.results import report
 
     ceilings = session.ceilings
-    records: list[Record] = []
+    records = [] if records is None else records
     seen: set[Any] = set()
     started = time.monotonic()
     for number, problem in enumerate(problems):
@@ -82,8 +86,8 @@ def measure(
         mine = race.race(
             session.lab, problem, field[problem.op], timing, ceilings, (extra or {}).get(problem, ()), seen, event
         )
+        records += mine  # before they are stored: an interrupt in between must not lose them for --json
         session.keep(mine)
-        records += mine
         session.clear()
         report.race_table(mine, console)
     return records
