@@ -25,7 +25,7 @@ SCALE, SIGNAL, NOISE = (
     (math.log(0.1), math.log(5.0)),
     (math.log(0.005), math.log(0.7)),
 )
-FIT_STEPS = 15  # gradient steps per fit; fits start from the last one, so few are enough
+FIT_STEPS = 30  # gradient steps per fit; fits start from the last one, so few are enough
 
 
 # --- features -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from rooftune.autotune.model import Array, Forest, Process, Rows, features, log_
 from rooftune.core import Config, Unavailable, unknown
 
 STARTS = 8  # diverse configs before the model takes over
-REFIT = 4  # steps between fits of the length scales
+REFIT = 2  # steps between fits of the length scales
 GLOBAL, PAIRS = 1000, 600  # candidates a step: random ones, and ones two axes away from the best
 SLOW_HALF = 0.75  # times above this quantile are compressed: how slow a bad config is does not matter
 

@@ -116,8 +116,8 @@ def test_the_seed_decides_everything(name: str) -> None:
 
 
 def test_the_surrogate_finds_far_better_configs_than_chance() -> None:
-    """Recorded GPU spaces (7 of the public hub, 25 seeds) gave 0.81/0.94/0.99 of the optimum after 25/50/100
-    configs, random search 0.73/0.78/0.82; here a made landscape keeps the distance from being lost."""
+    """Recorded GPU spaces (7 of the public hub, names and order hidden, 12 seeds) gave 0.85/0.94/0.99 of the
+    optimum after 25/50/100 configs, random search 0.73/0.78/0.82; a made landscape keeps that from being lost."""
     seeds = range(6)
     learned = np.array([quality("surrogate", s, 40) for s in seeds])
     chance = np.array([quality("random", s, 40) for s in seeds])
