@@ -7,6 +7,7 @@ steps come from passes of their own, so that what they leave unexplained (the ga
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,11 @@ def _pair(lo: float | None, hi: float | None) -> list[float] | None:
     return None if lo is None or hi is None else [lo, hi]
 
 
+def _typical(passes: list[list[float]]) -> list[float]:
+    """The steps of the pass whose total is the round's 25 % order statistic: they add up to what a pass takes."""
+    return sorted(passes, key=sum)[math.ceil(len(passes) / 4) - 1]
+
+
 def _summarise(
     runner: _Runner,
     steps: Sequence[Step],
@@ -243,8 +249,7 @@ def _summarise(
     result.roof = None if total is None else total / result.time_s
     explained = 0.0
     for index, step in enumerate(result.steps):
-        times = [[one[index] for one in passes] for passes in runner.step_rounds]
-        step.time_s, lo, hi = statistics.summary(times)
+        step.time_s, lo, hi = statistics.summary([[_typical(passes)[index]] for passes in runner.step_rounds])
         step.time_ci_s, step.share = _pair(lo, hi), step.time_s / result.time_s
         step.floor_s, step.floor_why = floors.get(step.name, (None, ""))
         explained += step.time_s
