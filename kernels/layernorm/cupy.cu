@@ -6,7 +6,7 @@
 
 using namespace rt;
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     layernorm_kernel(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ weight,
                      const T* __restrict__ bias, int m, int n, float eps) {
   SHARED_MEMORY(shared);
