@@ -47,7 +47,7 @@ def round_tf32(x):  # type: ignore[no-untyped-def]
     """fp32 to the nearest tf32, ties away from zero (cvt.rna.tf32.f32), kept as fp32.
 
     Tensor cores only drop the low 13 bits: that shrinks every operand by 3.5e-4 on average, and a
-    product's relative error would be 7.6e-4 instead of 2.9e-4. NaN has no room to round.
+    product's relative error would be 7.7e-4 instead of 2.9e-4. NaN has no room to round.
     """
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)

@@ -211,10 +211,17 @@ def _default(problem: Problem) -> Config:
     m, size = problem["m"], FORMATS[problem.precision].bytes_in
     config = {"group_m": 8, "num_stages": 3, "schedule": "pointer", "split_k": 1}
     config["fast_accum"] = problem.precision == "fp8"
-    if problem.precision == "fp32":
+    if problem.precision == "fp32" and (m > 64 or _small(problem)):
         return {"block_m": 128, "block_n": 128, "block_k": 16, "num_warps": 8, **config}
-    if m <= 64 and not _small(problem):  # a few tokens: narrow tiles so that every multiprocessor gets some of b
-        return {"block_m": power_of_two(max(m, 16)), "block_n": 64, "block_k": 128 // size, "num_warps": 4, **config}
+    if m <= 64 and not _small(problem):  # a few tokens: b is read once, by narrow tiles on every multiprocessor
+        tile = {"block_m": power_of_two(max(m, 16)), "block_n": 32 if problem["n"] <= 8192 else 64}
+        return {
+            **config,
+            **tile,
+            "block_k": 32 if size == 4 else 128,
+            "num_warps": 4,
+            "num_stages": 4 if m <= 32 else 3,
+        }
     if problem.precision == "tf32":
         return {"block_m": 128, "block_n": 64, "block_k": 32, "num_warps": 8, **config}
     return {"block_m": 128, "block_n": 128, "block_k": 128 // size, "num_warps": 8, **config}

@@ -111,6 +111,43 @@ except Exception as error:
 print(json.dumps(found))
 """
 
+LAUNCHED = """
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from rooftune.kernels.common import triton_aot
+from rooftune.kernels.common.triton import Launch, Operand
+
+class Device:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+@triton.jit
+def mixed(y, box, absent, n, one, scale, N: tl.constexpr):
+    tile = box.load([0, 0])
+    i = tl.arange(0, N)
+    if absent is None:
+        tl.store(y + i[:, None] * N + i[None, :], tile * scale + one, mask=(i < n)[None, :])
+
+driver.set_active(Device())
+box = Operand("float32", (48, 64), (16, 16))
+launch = Launch(mixed, (1,), (Operand("float32"), box, None), (48, 1, 0.5), {"N": 16}, {"num_warps": 1})
+inputs = (torch.empty(16), box.bind(torch.empty(16)), None)
+source = mixed.warmup(*inputs, *launch.scalars, grid=(1,), **launch.keywords).src
+ours = []
+triton_aot.compile_kernel = lambda kernel, signature, constants, aligned, *rest: ours.extend(
+    [signature, constants, aligned]
+)
+launch.compile("sm_90a")
+names = list(source.signature)
+found = {
+    "signature": [source.signature, ours[0]],
+    "constants": [{names[i[0]]: v for i, v in source.constants.items()}, ours[1]],
+    "aligned": [sorted(names[i[0]] for i, v in source.attrs.items() if v), sorted(ours[2])],
+}
+print(json.dumps(found))
+"""
+
 
 def _child(tmp_path: Path, body: str, interpret: str) -> dict[str, Any]:
     """Run kernels and body in a fresh Python: Triton reads TRITON_INTERPRET when it is imported."""
@@ -167,6 +204,12 @@ def test_machine_code_is_read_without_a_gpu(tmp_path: Path) -> None:
     assert found["from ptx"] == ["wgmma.mma_async"]
     assert found["unknown"].startswith("UsageError")
     assert "sm_75" in found["unknown"]
+
+
+def test_what_is_compiled_offline_is_what_a_launch_compiles(tmp_path: Path) -> None:
+    """Triton's own launcher, on a device that only has a name, specialises exactly as `Launch.compile` does."""
+    for part, (launcher, offline) in _child(tmp_path, LAUNCHED, "0").items():
+        assert launcher == offline, part
 
 
 def test_kernels_that_are_interpreted_do_not_compile(tmp_path: Path) -> None:
