@@ -111,9 +111,14 @@ def judge(op: Op, problem: Problem, out: Any, ref: Reference, kind: str = "norma
         "max_error": float(ratio.max()) if ratio.numel() else 0.0,
         "max_abs": float(diff.max()) if diff.numel() else 0.0,
     }
-    # On very few values one cancellation dominates the norm: there the element gate decides alone.
-    if kind == "normal" and got.numel() >= 64 and not figures["rel_fro"] <= tol.rel_fro:
-        return f"relative Frobenius error {figures['rel_fro']:.2e} is above {tol.rel_fro:.1e}", figures
+    # On very few values one cancellation dominates the norm: there the element gate decides alone. Where few
+    # values carry the norm (softmax), their roundings do not average out: correctly rounded bf16 rows of 200
+    # exceeded the plain limit in 13 of 2,000 seeds, with the allowance for `carriers` in none of 3,000.
+    fourth = float((magnitude**4).sum())
+    carriers = norm**4 / fourth if fourth else 1.0
+    limit_fro = tol.rel_fro * (1 + 2 / math.sqrt(max(carriers, 1.0)))
+    if kind == "normal" and got.numel() >= 64 and not figures["rel_fro"] <= limit_fro:
+        return f"relative Frobenius error {figures['rel_fro']:.2e} is above {limit_fro:.1e}", figures
     if not figures["max_error"] <= 1.0:
         where = tuple(int(i) for i in (ratio == ratio.max()).nonzero()[0])
         text = f"{got[where].item():.6g} instead of {want[where].item():.6g} at {where}"
@@ -152,6 +157,8 @@ def check_case(op: Op, problem: Problem, run: Run, seed: int, device: str = "cpu
     import torch
 
     tensors = op.inputs(problem, generator(device, seed), device, kind)
+    if not tensors:
+        return Verdict(True)  # this kind of input has no agreed answer on this problem
     shape, dtype = op.output(problem)
     out = Fenced(shape, dtype, device)
     rows_total = math.prod(shape[:-1])
@@ -159,7 +166,8 @@ def check_case(op: Op, problem: Problem, run: Run, seed: int, device: str = "cpu
     figures: dict[str, float] = {}
     for turn in range(2):
         if turn:  # same pointers, other contents: a result cached by address is stale now (C5)
-            for t, fresh in zip(tensors, op.inputs(problem, generator(device, seed + 1), device, kind), strict=True):
+            changed = op.inputs(problem, generator(device, seed + 1), device, kind)
+            for t, fresh in zip(tensors, changed, strict=True):
                 t.copy_(fresh)
         pristine = [t.detach().to("cpu", copy=True) for t in tensors]
         out.poison()

@@ -230,7 +230,8 @@ class Op:
 
     `dims` names the sizes in printing order; `defaults` gives sizes that may be left out, from those
     present; `flags` maps a flag to its legal values (the first is the default and is never printed).
-    `inputs(problem, generator, device, kind)` -> tensors; kind is "normal" or one of `adversarial`.
+    `inputs(problem, generator, device, kind)` -> tensors; kind is "normal" or one of `adversarial`
+    (none at all: that kind has no agreed answer on this problem).
     `output(problem)` -> (shape, torch dtype name). `reference(problem, inputs, rows)` -> `Reference`,
     rows being a list of row numbers of the flattened output, or None for all.
     `flops`, `bytes`: the model work (kernels.md section 3); TFLOP/s, GB/s and the roof derive from it.
