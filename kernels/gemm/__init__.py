@@ -81,7 +81,7 @@ def tolerance(problem: Problem) -> Tolerance:
 
 
 def ragged(problem: Problem) -> Sequence[Problem]:
-    sizes: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (17, 33, 65), (67, 129, 31), (1, 96, 257))
+    sizes: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (17, 33, 65), (67, 129, 31), (1, 96, 257), (48, 112, 80))
     if problem.precision in ("fp8", "int8"):  # torch's own calls want multiples of 16 (m: more than 16)
         sizes = ((32, 48, 80), (48, 16, 144))
     return [problem.replace(m=m, n=n, k=k) for m, n, k in sizes]
