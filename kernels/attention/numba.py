@@ -22,6 +22,7 @@ from rooftune.kernels.common.numba import (
     Value,
     intrinsic,
     jit,
+    require,
     threads,
     vector_width,
 )
@@ -253,6 +254,7 @@ def build(problem: Problem, config: Config) -> Run:
     Raises:
         UsageError: the head size is no multiple of 8, or less than a vector.
     """
+    require(problem.precision)
     heads, group = problem["b"] * problem["h"], problem["h"] // problem["hkv"]
     sq, sk, d = problem["sq"], problem["sk"], problem["d"]
     rows, queries = (int(side) for side in config["tile"].split("x"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,8 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
+
+from rooftune.core import UsageError
 
 REQUIRES = ("numba",)
 # OpenMP first: its threads wait by spinning a while, so a kernel of 20 us still gains from a second core.
@@ -48,11 +51,9 @@ ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest whole number in t
 @cache
 def features() -> frozenset[str]:
     """What this CPU can do, in LLVM's names; NUMBA_CPU_FEATURES is obeyed as numba itself does."""
-    given = numba.config.CPU_FEATURES
-    if given:
+    given = numba.config.CPU_FEATURES  # "" if NUMBA_CPU_NAME is generic
+    if given is not None:
         return frozenset(name[1:] for name in given.split(",") if name.startswith("+"))
-    if numba.config.CPU_NAME == "generic":
-        return frozenset()
     return frozenset(name for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
 
 
@@ -60,6 +61,16 @@ def features() -> frozenset[str]:
 def vector_width() -> int:
     """fp32 lanes of a vector register: 16 with AVX-512, 8 with AVX2, else 4 (SSE, NEON)."""
     return 16 if "avx512f" in features() else 8 if {"avx2", "fma"} <= features() else 4
+
+
+def require(dtype: str) -> None:
+    """LLVM converts fp16 by a C function that is not in the process where the CPU has no instruction for it.
+
+    Raises:
+        UsageError: the precision cannot be computed on this CPU.
+    """
+    if dtype == "fp16" and platform.machine() in ("x86_64", "AMD64") and "f16c" not in features():
+        raise UsageError("fp16 needs a CPU with F16C")
 
 
 def threads() -> int:

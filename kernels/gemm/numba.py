@@ -12,7 +12,19 @@ from numba import prange, types
 from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic, jit, threads, vector_width
+from rooftune.kernels.common.numba import (
+    ITEM,
+    LOG2E,
+    Chunk,
+    Emit,
+    State,
+    Value,
+    intrinsic,
+    jit,
+    require,
+    threads,
+    vector_width,
+)
 from rooftune.kernels.common.numba_tile import Format, dot_formats, dot_is_fast, format_of, pack, tile
 
 DEVICES = ("cpu",)
@@ -191,6 +203,7 @@ def build(problem: Problem, config: Config) -> Run:
     order: task of block_m rows (and a share of the columns, where rows alone do not occupy the threads),
     panel of b, block of k, panel of a. The sums of one panel of b stay in the L1 or L2 cache.
     """
+    require(problem.precision)
     m, n, k = problem["m"], problem["n"], problem["k"]
     rows, columns = (int(side) for side in config["tile"].split("x"))
     form = format_of(problem.precision, config["multiply"] == "dot")

@@ -10,7 +10,7 @@ from numba import prange, types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import F32, ITEM, Chunk, Emit, State, Value, intrinsic, jit, threads
+from rooftune.kernels.common.numba import F32, ITEM, Chunk, Emit, State, Value, intrinsic, jit, require, threads
 from rooftune.kernels.layernorm import EPS
 
 DEVICES = ("cpu",)
@@ -92,6 +92,7 @@ def compiled(dtype: str, rms: bool, unroll: int, stream: bool) -> Any:
 
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], x: [m, n], weight: [n], bias: [n]), no bias with the flag rms; all contiguous."""
+    require(problem.precision)
     m, n, rms = problem["m"], problem["n"], bool(problem.flag("rms"))
     kernel = compiled(problem.precision, rms, config["unroll"], config["store"] == "stream")
     tasks = min(m, threads() * config["tasks_per_thread"])

@@ -10,7 +10,7 @@ from numba import prange, types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic, jit, threads
+from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic, jit, require, threads
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -84,6 +84,7 @@ def compiled(dtype: str, unroll: int, keep: bool, stream: bool) -> Any:
 
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], x: [m, n]); both contiguous, of the problem's precision."""
+    require(problem.precision)
     m, n = problem["m"], problem["n"]
     keep = config["exponentials"] == "keep"
     kernel = compiled(problem.precision, config["unroll"], keep, config["store"] == "stream")

@@ -1,0 +1,193 @@
+"""The vector intrinsics and register tiles of the Numba CPU competitors, against numpy in float64."""
+
+# ruff: noqa: E402  # nothing below can be imported where numba or torch is missing
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MISSING = [name for name in ("torch", "numba") if importlib.util.find_spec(name) is None]
+if MISSING:
+    pytest.skip(f"{', '.join(MISSING)} not installed", allow_module_level=True)
+
+import numba
+import numpy as np
+import torch
+from numba import types
+
+from rooftune import check, registry
+from rooftune.core import UsageError
+from rooftune.kernels.common import numba as vectors
+from rooftune.kernels.common import numba_tile as tiles
+
+ROOT = Path(__file__).parents[2]
+WIDTHS = [4, 8, 16]  # LLVM splits vectors that are wider than the CPU's
+
+
+@pytest.fixture(params=WIDTHS)
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(vectors, "vector_width", lambda: request.param)
+    return int(request.param)
+
+
+def compiled(function: Any, count: int) -> Callable[..., None]:
+    """An intrinsic of `count` whole numbers as something Python can call with arrays and numbers."""
+    names = ", ".join(f"a{i}" for i in range(count))
+    scope = {"function": function}
+    exec(f"def call({names}):\n    function({names})", scope)
+    ready = numba.njit("void(" + ", ".join(["int64"] * count) + ")")(scope["call"])
+    return lambda *given: ready(*(x.ctypes.data if isinstance(x, np.ndarray) else x for x in given))
+
+
+def element_wise(body: Callable[[Any, Any], Any], dtype: str = "fp32") -> Callable[..., None]:
+    """(x fp32, out of dtype, n): body on every element."""
+
+    def emit(e: Any, x: Any, out: Any, n: Any) -> None:
+        def visit(chunk: Any, state: Any) -> list[Any]:
+            chunk.store(body(e, chunk.load(x, "fp32")), out, dtype)
+            return []
+
+        e.row(n, [], visit, 2)
+
+    return compiled(vectors.intrinsic([types.int64] * 3, emit), 3)
+
+
+def test_exp2_is_within_one_ulp_and_keeps_special_values(width: int) -> None:
+    power = element_wise(lambda e, x: e.exp2(x))
+    x = np.concatenate([np.linspace(-126, 127, 200_001), np.linspace(-1, 1, 100_001)]).astype(np.float32)
+    out = np.empty_like(x)
+    power(x, out, x.size)
+    exact = np.exp2(x.astype(np.float64))
+    ulp = np.spacing(exact.astype(np.float32)).astype(np.float64)
+    assert (np.abs(out - exact) / ulp).max() <= 1.0
+    special = np.array([0, 1, -3, -127, -200, -np.inf, np.nan], np.float32)
+    power(special, out, special.size)
+    np.testing.assert_array_equal(out[: special.size], np.array([1, 2, 0.125, 0, 0, 0, np.nan], np.float32))
+
+
+@pytest.mark.parametrize("n", [1, 3, 15, 16, 17, 67, 128])
+def test_a_row_is_visited_once_whatever_its_length(width: int, n: int) -> None:
+    def emit(e: Any, x: Any, out: Any, n: Any) -> None:
+        def body(chunk: Any, state: Any) -> list[Any]:
+            value = chunk.load(x, "fp32")
+            chunk.store(value, out, "fp32")
+            return [e.builder.fadd(state[0], chunk.only_new(value)), e.max(value, state[1])]
+
+        sums, largest = e.row(n, [0.0, float("-inf")], body, 2)
+        total, top = e.total(sums), e.reduce(e.tree(largest, e.max), e.max)
+        end = e.builder.add(out, e.builder.mul(n, e.index(4)))
+        e.store_raw(total, end, 4)
+        e.store_raw(top, e.builder.add(end, e.index(4)), 4)
+
+    visit = compiled(vectors.intrinsic([types.int64] * 3, emit), 3)
+    x = np.random.default_rng(n).integers(-50, 50, n).astype(np.float32)
+    out = np.full(n + 3, 77, np.float32)
+    visit(x, out, n)
+    np.testing.assert_array_equal(out, [*x, x.sum(), x.max(), 77])
+
+
+def test_max_takes_the_second_operand_if_one_is_nan(width: int) -> None:
+    against = element_wise(lambda e, x: e.max(x, e.splat(1.0)))
+    x = np.array([0, 2, np.nan, np.inf, -np.inf], np.float32)
+    out = np.empty_like(x)
+    against(x, out, x.size)
+    np.testing.assert_array_equal(out, np.array([1, 2, 1, np.inf, 1], np.float32))
+
+
+def test_bf16_rounds_to_nearest_even_as_torch_does(width: int) -> None:
+    narrow = element_wise(lambda e, x: x, "bf16")
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 20_000, dtype=np.uint32)
+    bits[::5] = (bits[::5] & 0xFFFF0000) | 0x8000  # halfway cases
+    x = bits.view(np.float32)
+    out = np.empty(x.size, np.uint16)
+    narrow(x, out, x.size)
+    want = torch.from_numpy(x).bfloat16()
+    got = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got[~want.isnan()], want[~want.isnan()])
+
+
+FORMATS = [("fp32", False), ("bf16", False), ("int8", False), ("bf16", True), ("int8", True)]
+
+
+@pytest.mark.parametrize("along_k", [True, False])
+@pytest.mark.parametrize(("dtype", "dot"), FORMATS)
+def test_packed_panels_multiply_to_the_product(dtype: str, dot: bool, along_k: bool) -> None:
+    if dot and dtype not in tiles.dot_formats():
+        pytest.skip(f"this CPU has no dot product of {dtype}")
+    form, lanes, k, valid = tiles.format_of(dtype, dot), vectors.vector_width(), 37, 3
+    rows, columns, words = 4, 2 * lanes, -(-k // form.steps)
+    generator = torch.Generator().manual_seed(1)
+    stored = torch.randint(-100, 100, (valid, k), generator=generator).to(torch.int8)
+    other = torch.randint(-100, 100, (columns, k), generator=generator).to(torch.int8)
+    if dtype != "int8":
+        kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+        stored, other = (stored / 64).to(kind), (other / 64).to(kind)
+    a_pack, b_pack = np.full((rows, words), -1, np.int32), np.full((columns, words), -1, np.int32)
+    for source, target, size, flip in ((stored, a_pack, rows, form.unsigned_a), (other, b_pack, columns, False)):
+        laid = source if along_k else source.t().contiguous()
+        stride = k if along_k else len(source)
+        pack = compiled(tiles.pack(form, size, along_k, flip), 5)
+        pack(laid.data_ptr(), target, len(source), stride, k)
+    sums = np.zeros((rows, columns), np.int32 if dtype == "int8" else np.float32)
+    multiply = compiled(tiles.tile(form, rows, columns), 7)
+    multiply(a_pack, b_pack, sums, words - 1, 0, 0, 0)
+    half = a_pack.reshape(-1)[(words - 1) * rows :], b_pack.reshape(-1)[(words - 1) * columns :]
+    multiply(*half, sums, 1, 0, 0, 1)  # the rest of k is added to what is there
+    want = stored.double() @ other.double().t()
+    if form.unsigned_a:
+        want = want + 128 * other.double().sum(1)
+    np.testing.assert_allclose(sums[:valid], want.numpy(), rtol=0, atol=0 if dtype == "int8" else 2e-5)
+
+
+def test_a_square_is_transposed(width: int) -> None:
+    def emit(e: Any, x: Any, out: Any) -> None:
+        rows = [e.load_raw(e.builder.add(x, e.index(i * width * 4)), e.ints, 4) for i in range(width)]
+        for i, row in enumerate(tiles.transpose(e, rows)):
+            e.store_raw(row, e.builder.add(out, e.index(i * width * 4)), 4)
+
+    x = np.arange(width * width, dtype=np.int32).reshape(width, width)
+    out = np.empty_like(x)
+    compiled(vectors.intrinsic([types.int64] * 2, emit), 2)(x, out)
+    np.testing.assert_array_equal(out, x.T)
+
+
+def test_fp16_is_refused_without_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "features", lambda: frozenset({"sse2"}))
+    monkeypatch.setattr(vectors.platform, "machine", lambda: "x86_64")
+    with pytest.raises(UsageError, match="F16C"):
+        vectors.require("fp16")
+    vectors.require("bf16")
+
+
+GENERIC = """
+from rooftune import check, registry
+from rooftune.kernels.common.numba import vector_width
+assert vector_width() == 4, vector_width()
+p = registry.problem("softmax[m=8,n=500,bf16]")
+m = registry.impl("softmax/numba").load()
+verdict = check.check(registry.op(p.op), p, m.SPACE.default_for(p), m.build, seed=1, valid=m.SPACE.valid)
+assert verdict.ok, verdict
+"""
+
+
+def test_a_cpu_without_avx_gets_right_results() -> None:
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", GENERIC], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_norms_pass_the_gate_on_this_cpu() -> None:
+    p = registry.problem("layernorm[m=8,n=500,fp32]")
+    module = registry.impl("layernorm/numba").load()
+    config = module.SPACE.default_for(p)
+    verdict = check.check(registry.op(p.op), p, config, module.build, seed=1, valid=module.SPACE.valid)
+    assert verdict.ok, verdict
