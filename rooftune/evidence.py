@@ -69,8 +69,12 @@ def compile_all(lab: Lab, impl: Impl, problem: Problem, archs: Sequence[str] = A
     for arch in archs:
         reply = lab.ask(impl, "compile", COMPILE_S, "compile", problem=str(problem), config=config, arch=arch)
         rows.append({"arch": arch, **reply.data, "status": str(reply.status), "reason": reply.reason})
-    worst = next((r for r in rows if r["status"] != Status.OK), None)
-    status = Reply(Status(worst["status"]), f"{worst['arch']}: {worst['reason']}") if worst else Reply(Status.OK)
+    # An architecture that lacks the instructions is left out; a failure on any one is a failure.
+    failed = [r for r in rows if r["status"] not in (Status.OK, Status.SKIPPED)]
+    skipped = [r for r in rows if r["status"] == Status.SKIPPED]
+    telling = failed or (skipped if len(skipped) == len(rows) else [])
+    reason = "; ".join(f"{r['arch']}: {r['reason']}" for r in (failed or skipped))
+    status = Reply(Status(telling[0]["status"]) if telling else Status.OK, reason)
     record = _record(impl, problem, config, Evidence.COMPILED, status)
     record.resources = rows
     return record

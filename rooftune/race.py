@@ -181,6 +181,8 @@ def time_rounds(
                     clock=options.clock,
                 )
                 if not reply.ok:
+                    if reply.status == Status.WRONG:  # its worker lives: give the tensors back
+                        lab.release(entrant.impl, entrant.handle)
                     entrant.fail(reply)
                     event("failed", f"{entrant.label}: {reply.status} {reply.reason}")
                     for other in field_:  # its worker is gone, and with it what else it had prepared

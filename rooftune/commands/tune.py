@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
 import sys
 from typing import Any
 
@@ -26,9 +25,10 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
     name = common.device_name(chosen)
     kind = name.partition(":")[0]
     problems = common.problems(chosen, kind, loaded)
-    seed = secrets.randbits(31) if chosen.seed is None else chosen.seed
+    seed = chosen.seed or 0  # part of the journal's key: a drawn seed would never find its journal again
     console = common.console(chosen)
     results: list[dict[str, Any]] = []
+    check_search(chosen)
     with Session("tune", name, chosen.threads, chosen.quiet) as session:
         session.check_user_files(loaded, {p.op: p for p in problems})
         try:
@@ -48,6 +48,15 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
     if not results:
         raise UsageError("nothing to tune: no competitor with more than one config runs here on these problems")
     return ExitCode.OK
+
+
+def check_search(chosen: argparse.Namespace) -> None:
+    """Complain about the search and the budget before the device is touched."""
+    from rooftune.autotune import search
+    from rooftune.autotune.limits import Budget
+
+    search.find(chosen.search)
+    Budget.parse(chosen.budget)
 
 
 def _tunable(impl: Impl, kind: str) -> bool:

@@ -105,6 +105,10 @@ def test_gpu_competitors_compile_without_real_spills(lab: Lab, impl: Impl, preci
     assert record.status == Status.OK, f"{record.status}: {record.reason}"
     assert [row["arch"] for row in record.resources or ()] == list(evidence.ARCHITECTURES)
     for row in record.resources or ():
+        if row["status"] == Status.SKIPPED:  # an architecture without the instructions, and it says so
+            assert precision == "fp8"
+            assert "fp8" in row["reason"]
+            continue
         assert 0 < row["registers"] <= 255
         assert row["spill_bytes"] <= SMALL_SPILL, row
         assert row["shared_bytes"] <= 232_448
