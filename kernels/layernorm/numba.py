@@ -15,13 +15,21 @@ from rooftune.kernels.layernorm import EPS
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
+LARGE = 2 << 20  # bytes of an output that leaves an L2 cache anyway: from there streaming was faster
+
+
+def _default(problem: Problem) -> Config:
+    large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
+    return {"unroll": 4, "tasks_per_thread": 1, "store": "stream" if large else "cached"}
+
+
 SPACE = Space(
     axes={
         "unroll": (1, 2, 4, 8),  # independent vectors in flight
         "tasks_per_thread": (1, 2, 4, 8),
         "store": ("cached", "stream"),  # stream: past the caches, which pays for outputs larger than these
     },
-    default={"unroll": 4, "tasks_per_thread": 1, "store": "cached"},
+    default=_default,
 )
 
 

@@ -14,6 +14,14 @@ from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
+LARGE = 2 << 20  # bytes of an output that leaves an L2 cache anyway: from there streaming was faster
+
+
+def _default(problem: Problem) -> Config:
+    large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
+    return {"unroll": 4, "tasks_per_thread": 1, "exponentials": "keep", "store": "stream" if large else "cached"}
+
+
 SPACE = Space(
     axes={
         "unroll": (1, 2, 4, 8),  # independent vectors in flight
@@ -21,7 +29,7 @@ SPACE = Space(
         "exponentials": ("keep", "recompute"),  # keep: in an fp32 row that stays in the L1 or L2 cache
         "store": ("cached", "stream"),  # stream: past the caches, which pays for outputs larger than these
     },
-    default={"unroll": 4, "tasks_per_thread": 1, "exponentials": "keep", "store": "cached"},
+    default=_default,
 )
 
 
