@@ -139,33 +139,31 @@ def _tensor_core(z: _Sizes) -> Any:
 
     @device
     def mask(s: Any, row: Any, first: Any) -> None:
-        """Scores of keys that do not exist or come after the query become -inf."""
-        for n in range(NS):
-            for e in range(4):
-                key = first + 8 * n + e % 2
-                if key >= SK or (CAUSAL and key > row + e // 2 * 8 + SHIFT):
-                    s[4 * n + e] = NEG_INF
+        """Scores of keys that do not exist or come after the query become -inf. Selects, not branches."""
+        for x in range(SCORES):  # one flat loop: nested ones are unrolled too late to keep s in registers on sm_100a
+            key = first + x // 4 * 8 + x % 2
+            end = row + x // 2 % 2 * 8 + SHIFT + 1
+            seen = (key < SK) & (key < end) if CAUSAL else key < SK
+            s[x] = cuda.selp(seen, s[x], NEG_INF)
 
     @device
     def softmax(s: Any, acc: Any, top: Any, total: Any, half: Any) -> None:
         """Scores to probabilities for one of the thread's two rows; rescales what was summed before."""
         largest = top[half]
-        for n in range(NS):
-            largest = fmax(largest, fmax(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]))
+        for x in range(2 * NS):
+            largest = fmax(largest, s[x // 2 * 4 + 2 * half + x % 2])
         largest = quad_max(largest)
-        base = F0 if largest == NEG_INF else largest * SCALE  # nothing seen yet: -inf - -inf would be NaN
+        base = cuda.selp(largest == NEG_INF, F0, largest * SCALE)  # nothing seen yet: -inf - -inf would be NaN
         shrink = exp2(fma(top[half], SCALE, -base))
         top[half] = largest
         summed = total[half] * shrink
-        for n in range(NS):
-            for e in range(2):
-                at = 4 * n + 2 * half + e
-                s[at] = exp2(fma(s[at], SCALE, -base))
-                summed += s[at]
+        for x in range(2 * NS):
+            at = x // 2 * 4 + 2 * half + x % 2
+            s[at] = exp2(fma(s[at], SCALE, -base))
+            summed += s[at]
         total[half] = summed
-        for n in range(ND):
-            acc[4 * n + 2 * half] *= shrink
-            acc[4 * n + 2 * half + 1] *= shrink
+        for x in range(2 * ND):
+            acc[x // 2 * 4 + 2 * half + x % 2] *= shrink
 
     def attention(o: Any, q: Any, k: Any, v: Any) -> None:
         shared = cuda.shared.array(SHARED, uint16, 16)  # queries first, then keys | values
@@ -306,10 +304,9 @@ def _register_tiles(z: _Sizes) -> Any:
             fill(skv, v, start_kv, j, BN, SK)
             for i in range(4):
                 largest = top[i]
+                end = min(SK, q0 + ty + i + SHIFT + 1) if CAUSAL else SK
                 for n in range(KN):
-                    key = j + tx + 16 * n
-                    if key >= SK or (CAUSAL and key > q0 + ty + i + SHIFT):
-                        s[i * KN + n] = NEG_INF
+                    s[i * KN + n] = cuda.selp(j + tx + 16 * n < end, s[i * KN + n], NEG_INF)
                     largest = fmax(largest, s[i * KN + n])
                 largest = row_max(largest)
                 base = F0 if largest == NEG_INF else largest * SCALE

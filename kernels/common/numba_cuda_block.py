@@ -196,6 +196,7 @@ cuda = SimpleNamespace(
     threadIdx=_Index(lambda block: block.now.x),
     blockIdx=_Index(lambda block: block.index),
     shared=SimpleNamespace(array=_shared_array),
+    selp=lambda condition, a, b: a if condition else b,
     local=SimpleNamespace(array=lambda shape, dtype: [None] * shape),
     syncthreads=lambda: running().meet(-1, running().size, None, None),
 )

@@ -72,7 +72,7 @@ def filler(tile: Tile) -> Any:
     @device
     def put(shared: Any, to: Any, matrix: Any, start: Any, o: Any, i: Any) -> None:
         if whole:
-            inside = (outer_exact or o < outer_end) and (inner_exact or i < inner_end)
+            inside = (outer_exact | (o < outer_end)) & (inner_exact | (i < inner_end))
             copy16(shared, to, matrix, start + o * stride + i, inside)
         else:
             for e in range(CHUNK):
