@@ -17,11 +17,11 @@ from typing import Any
 from rooftune.core import Resources, RooftuneError, Unavailable, UsageError
 from rooftune.kernels.common.cupy_host import host, thread_order
 from rooftune.kernels.common.cupy_kernel import (
+    HEADERS,
     PRECISION_CODE,
     REGISTERS,
     SHARED_LIMIT,
     SHARED_PORTABLE,
-    HEADERS,
     Kernel,
     Launch,
     axes,
@@ -33,7 +33,21 @@ from rooftune.kernels.common.cupy_kernel import (
     put,
 )
 
-__all__ = ["PRECISION_CODE", "REGISTERS", "SHARED_LIMIT", "SHARED_PORTABLE", "Kernel", "Launch", "axes", "bytes_in", "chunk", "device", "host", "resources", "thread_order"]
+__all__ = [
+    "PRECISION_CODE",
+    "REGISTERS",
+    "SHARED_LIMIT",
+    "SHARED_PORTABLE",
+    "Kernel",
+    "Launch",
+    "axes",
+    "bytes_in",
+    "chunk",
+    "device",
+    "host",
+    "resources",
+    "thread_order",
+]
 
 REQUIRES = ("cupy",)
 ENV: dict[str, dict[str, str]] = {"emulate": {}, "native": {}, "compile": {}}
@@ -162,6 +176,7 @@ def device(kernel: Kernel) -> Launch:
         UsageError: the device cannot hold one block.
     """
     import cupy
+    import numpy as np
     import torch
 
     index = torch.cuda.current_device()
@@ -176,25 +191,16 @@ def device(kernel: Kernel) -> Launch:
             raw.max_dynamic_shared_size_bytes = kernel.shared_bytes
         function = raw.kernel
     block = (kernel.threads, 1, 1)
-    null, int32, float32, uint64 = _numpy_scalars()
 
     def value(arg: Any) -> Any:
         if isinstance(arg, int):
-            return int32(arg)
+            return np.int32(arg)
         if isinstance(arg, float):
-            return float32(arg)
-        return null if arg is None else uint64(pointer(arg))
+            return np.float32(arg)
+        return np.uint64(0 if arg is None else pointer(arg))
 
     def launch(grid: int, *args: Any) -> None:
         stream = _Stream(torch.cuda.current_stream().cuda_stream)
         function((grid, 1, 1), block, tuple(value(a) for a in args), kernel.shared_bytes, stream)
 
     return launch
-
-
-def _numpy_scalars() -> tuple[Any, Any, Any, Any]:
-    import numpy as np
-
-    return np.uint64(0), np.int32, np.float32, np.uint64
-
-

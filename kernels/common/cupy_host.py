@@ -103,5 +103,3 @@ def host(kernel: Kernel) -> Launch:
         )
 
     return launch
-
-

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.cupy_kernel import ALIGNMENT, PRECISION_CODE, Kernel, bytes_in, chunk
+from rooftune.kernels.common.cupy_kernel import ALIGNMENT, PRECISION_CODE, REGISTERS, Kernel, bytes_in, chunk
 
-KEPT_VALUES = 64  # fp32 values a thread keeps in registers; 96 and more spill beside what the kernel needs
+KEPT_VALUES = 64  # fp32 values a thread keeps in registers at most
+OTHER_REGISTERS = 32  # beside them; 1024 threads have 64 registers each, so 32 values
 WANTED_VALUES = 32  # of the untuned config: four 16-byte loads of bf16 under way in each thread
 
 
@@ -49,16 +50,22 @@ SPACE = Space(
 )
 
 
-def kernel(source: Path, entry: str, problem: Problem, config: Config, **macros: int) -> Kernel:
-    """The kernel of a row operator; rows above KEPT_VALUES a thread are read again in every pass."""
+def kernel(
+    source: Path, entry: str, problem: Problem, config: Config, beside: int = OTHER_REGISTERS, **macros: int
+) -> Kernel:
+    """The kernel of a row operator. Rows that a thread cannot keep in registers are read again in every pass.
+
+    `beside` is what it needs of registers apart from the row's values.
+    """
     vec, threads = _vec(config, problem), config["num_threads"]
+    kept = min(KEPT_VALUES, REGISTERS // threads - beside)
     values = _values(config["threads_per_row"], vec, problem["n"])
     settings = {
         "PRECISION": PRECISION_CODE[problem.precision],
         "BLOCK_THREADS": threads,
         "ROW_THREADS": config["threads_per_row"],
         "VEC": vec,
-        "ITEMS": values // vec if values <= KEPT_VALUES else 0,
+        "ITEMS": values // vec if values <= kept else 0,
         **macros,
     }
     return Kernel(source, entry, tuple(settings.items()), threads, 2 * threads // 32 * 4)

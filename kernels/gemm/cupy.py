@@ -8,7 +8,7 @@ from typing import Any
 
 from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
-from rooftune.core import Config, Problem, Resources, Space
+from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.common import cupy as cuda
 
 DEVICES = ("cuda",)
@@ -141,8 +141,15 @@ def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], 
     return run
 
 
+def _supported(problem: Problem, arch: str) -> None:
+    """Raises UsageError for fp8 before compute capability 8.9: its tensor cores do not know the format."""
+    if problem.precision == "fp8" and int("".join(filter(str.isdigit, arch))) < 89:
+        raise UsageError(f"gemm/cupy in fp8 needs sm_89 or newer, not {arch}")
+
+
 def build(problem: Problem, config: Config) -> Run:
-    """On the current GPU; fp8 needs compute capability 8.9."""
+    """On the current GPU."""
+    _supported(problem, cuda.current_arch())
     return _runner(problem, config, cuda.device)
 
 
@@ -153,4 +160,5 @@ def emulate(problem: Problem, config: Config) -> Run:
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
     """What the machine code takes."""
+    _supported(problem, arch)
     return cuda.resources(_kernel(problem, config), arch)

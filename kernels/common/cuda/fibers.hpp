@@ -18,7 +18,9 @@
 #include <utility>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(ROOFTUNE_UCONTEXT)
+#define ROOFTUNE_ASSEMBLY 1   // ucontext makes a system call at every switch
+#else
 #include <ucontext.h>
 #endif
 
@@ -41,7 +43,7 @@ constexpr int POISON = 0xFF;               // every byte: NaN in each float form
 }
 
 // ---- switching stacks ----
-#if defined(__x86_64__)
+#if defined(ROOFTUNE_ASSEMBLY)
 struct Context { void* stack_pointer = nullptr; };
 // Save the callee-saved registers and the stack of `from`, continue on that of `to` (System V ABI).
 extern "C" void rooftune_switch(Context* from, Context* to);
@@ -114,7 +116,7 @@ struct Block {
   std::function<void()> body;
   alignas(1024) char shared[SHARED_BYTES + FENCE_BYTES];
 };
-inline Block the_block;
+static Block the_block;  // not inline: g++ would make it one for all libraries of a process, whatever their layout
 inline Block& block() { return the_block; }
 
 // Let others run; comes back when somebody has made this thread ready.
