@@ -163,8 +163,16 @@ class Session:
         found = self.handles[handle]
         found.fill(seed)
         assert found.out is not None
-        found.run(found.out.tensor, *found.tensors)  # caches and page tables are warm, code is loaded
-        timing = clock.time_calls(found.run, [(found.out.tensor, *found.tensors)], self.device, **options)
+        last = [found.run(found.out.tensor, *found.tensors)]  # caches and page tables are warm, code is loaded
+
+        def keeping(*tensors: Any) -> None:
+            last[0] = found.run(*tensors)
+
+        returns = last[0] is not None  # then the last timed call's own result is what gets verified
+        run = keeping if returns else found.run
+        timing = clock.time_calls(run, [(found.out.tensor, *found.tensors)], self.device, **options)
+        if returns:
+            check.settle(last[0], found.out.tensor)
         wrong = next((note for note in timing.notes if "another stream" in note), "")
         wrong = wrong or (found.verify(seed) if verify else "")
         if wrong:

@@ -57,7 +57,6 @@ class Block:
         self.calls: list[Callable[[], None]] = []
         for step in self.steps:
             self.calls.append(self._operator(step, choices[step.name]) if step.problem else self._glue(step, glue))
-        self.out = self.tensors[self.steps[-1].writes[0][0]]
 
     def _operator(self, step: Step, choice: dict[str, Any]) -> Callable[[], None]:
         problem = registry.problem(step.problem)
@@ -73,10 +72,11 @@ class Block:
         fence = check.Fenced(*registry.op(problem.op).output(problem), self.device)
         self.fences[step.name] = fence
         self.tensors[step.name] = fence.tensor
-        inputs = tuple(self.tensors[name] for name in step.reads)
+        tensors, name, reads = self.tensors, step.name, step.reads
 
-        def call() -> None:
-            run(fence.tensor, *inputs)
+        def call() -> None:  # a call that can only allocate returns its result, and the next step reads that
+            result = run(fence.tensor, *(tensors[source] for source in reads))
+            tensors[name] = fence.tensor if result is None else result
 
         return call
 
@@ -88,8 +88,13 @@ class Block:
             if f"past_{name}" in self.tensors:
                 self.tensors[name][:, :, : self.shape.seq].copy_(self.tensors[f"past_{name}"])
         function = getattr(glue, step.name)
-        arguments = tuple(self.tensors[name] for name in (*step.reads, *(name for name, _ in step.writes)))
-        return lambda: function(*arguments)
+        tensors, names = self.tensors, (*step.reads, *(name for name, _ in step.writes))
+        return lambda: function(*(tensors[name] for name in names))
+
+    @property
+    def out(self) -> Any:
+        """The layer's result, as the last pass left it."""
+        return self.tensors[self.steps[-1].writes[0][0]]
 
     def run(self) -> None:
         """One pass."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from rooftune.core import Problem, UsageError
@@ -28,8 +26,3 @@ def set_matmul_precision(problem: Problem) -> None:
     if device() == "cuda":  # split-K partial sums in 16 bits lose what the tolerance of the operator allows
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-
-
-def publish(out: Any, result: Any) -> None:
-    """Hand over the result of a call that can only allocate: one extra copy, which its time includes."""
-    out.copy_(result)

@@ -9,7 +9,7 @@ import torch
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space, UsageError
-from rooftune.kernels.common.torch import device, publish, set_matmul_precision
+from rooftune.kernels.common.torch import device, set_matmul_precision
 
 DEVICES = ("cpu", "cuda", "rocm")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8")
@@ -66,9 +66,8 @@ def _views(problem: Problem) -> Callable[[Any, Any], tuple[Any, Any]]:
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], a, b[, scale_a, scale_b][, bias]), stored as the flag transpose says.
 
-    Two calls allocate their result and contain a copy into `out`: `onednn_linear` (what torch.compile with
-    frozen weights calls on a CPU: bias and activation fused into the product) and `mm_fp32`, where the
-    copy is the rounding to 16 bits.
+    Two calls can only allocate and return their result: `onednn_linear` (what torch.compile with frozen
+    weights calls on a CPU: bias and activation fused into the product) and `mm_fp32`, rounded at the end.
 
     Raises:
         UsageError: the call does not exist on this device or for these sizes.
@@ -88,8 +87,8 @@ def build(problem: Problem, config: Config) -> Run:
     def addmm_activation(out: Any, a: Any, b: Any, bias: Any) -> None:
         torch._addmm_activation(bias, *views(a, b), use_gelu=False, out=out)
 
-    def mm_fp32(out: Any, a: Any, b: Any, bias: Any) -> None:
-        publish(out, activate(torch.mm(*views(a, b), out_dtype=torch.float32).add_(bias)))
+    def mm_fp32(out: Any, a: Any, b: Any, bias: Any) -> Any:
+        return activate(torch.mm(*views(a, b), out_dtype=torch.float32).add_(bias)).to(out.dtype)
 
     def int_mm(out: Any, a: Any, b: Any) -> None:
         torch._int_mm(*views(a, b), out=out)
@@ -119,9 +118,9 @@ def _onednn_linear(problem: Problem) -> Run:
     attr, algorithm = ("gelu", "none") if problem.flag("epilogue") == "bias_gelu" else ("none", "")
     linear = torch.ops.mkldnn._linear_pointwise.default
 
-    def run(out: Any, a: Any, b: Any, bias: Any) -> None:
+    def run(out: Any, a: Any, b: Any, bias: Any) -> Any:
         left, right = views(a, b)
-        publish(out, linear(left, right.t(), bias, attr, [], algorithm))
+        return linear(left, right.t(), bias, attr, [], algorithm)
 
     return run
 
