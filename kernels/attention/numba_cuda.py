@@ -296,20 +296,22 @@ def _register_tiles(z: _Sizes) -> Any:
                     load16(sq, (ty + i) * PITCH + c, rq, 4 * i)
                 for n in range(KN):
                     load16(skv, (tx + 16 * n) * PITCH + c, rk, 4 * n)
-                for i in range(4):
-                    for n in range(KN):
-                        for e in range(4):
-                            s[i * KN + n] = fma(rq[4 * i + e], rk[4 * n + e], s[i * KN + n])
+                for x in range(4 * SCORES):
+                    i = x // 4 // KN
+                    n = x // 4 % KN
+                    s[x // 4] = fma(rq[4 * i + x % 4], rk[4 * n + x % 4], s[x // 4])
             cuda.syncthreads()  # everyone is done with the keys
             fill(skv, v, start_kv, j, BN, SK)
             for i in range(4):
                 largest = top[i]
-                end = min(SK, q0 + ty + i + SHIFT + 1) if CAUSAL else SK
+                end = q0 + ty + i + SHIFT + 1
                 for n in range(KN):
-                    s[i * KN + n] = cuda.selp(j + tx + 16 * n < end, s[i * KN + n], NEG_INF)
+                    key = j + tx + 16 * n
+                    seen = (key < SK) & (key < end) if CAUSAL else key < SK
+                    s[i * KN + n] = cuda.selp(seen, s[i * KN + n], NEG_INF)
                     largest = fmax(largest, s[i * KN + n])
                 largest = row_max(largest)
-                base = F0 if largest == NEG_INF else largest * SCALE
+                base = cuda.selp(largest == NEG_INF, F0, largest * SCALE)
                 shrink = exp2(fma(top[i], SCALE, -base))
                 top[i] = largest
                 total[i] *= shrink
@@ -324,11 +326,14 @@ def _register_tiles(z: _Sizes) -> Any:
             for c in range(0, BN, 4):
                 for i in range(4):
                     load16(sp, (ty + i) * PITCH_P + c, rq, 4 * i)
-                for e in range(4):
-                    for n in range(DN):
-                        value = load(skv, (c + e) * PITCH + tx + 16 * n)
-                        for i in range(4):
-                            acc[i * DN + n] = fma(rq[4 * i + e], value, acc[i * DN + n])
+                for x in range(SUMS):
+                    e = x // DN
+                    n = x % DN
+                    value = load(skv, (c + e) * PITCH + tx + 16 * n)
+                    acc[n] = fma(rq[e], value, acc[n])
+                    acc[DN + n] = fma(rq[4 + e], value, acc[DN + n])
+                    acc[2 * DN + n] = fma(rq[8 + e], value, acc[2 * DN + n])
+                    acc[3 * DN + n] = fma(rq[12 + e], value, acc[3 * DN + n])
             cuda.syncthreads()  # everyone is done with the values
         wait_all()
         for i in range(4):

@@ -13,6 +13,7 @@ from rooftune.kernels.common.torch_compile import MODES, compile_body
 
 DEVICES = ("cuda",)  # the CPU template turns a row with a NaN into zeros, which is wrong
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+PER_SHAPE = True
 SPACE = Space(axes={"mode": MODES}, default={"mode": "default"})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,9 @@ from rooftune.kernels.common.numba_cuda import (
     copy_wait,
     cuda,
     device,
-    erf,
     float32,
     fma,
+    gelu,
     uint16,
     uint32,
 )
@@ -31,8 +30,7 @@ from rooftune.kernels.common.numba_cuda_tiles import Tile, filler, reader_a, rea
 DEVICES = ("cuda",)
 PRECISIONS = ("fp32", "fp16", "bf16")
 
-F0, F1, HALF = np.float32(0), np.float32(1), np.float32(0.5)
-INVERSE_SQRT2 = np.float32(math.sqrt(0.5))
+F0 = np.float32(0)
 
 
 def _simt(problem: Problem) -> bool:
@@ -137,36 +135,23 @@ def _raster(z: _Sizes) -> Any:
     return corner
 
 
-def _finisher(z: _Sizes) -> Any:
-    """A device function finish(sum, bias, column): the epilogue of one value."""
-    load = ACCESS[z.precision][0]
-    if z.epilogue == "none":
+def _finisher(epilogue: str) -> Any:
+    """A device function finish(sum, bias): the epilogue of one value."""
 
-        @device
-        def finish(value: Any, bias: Any, column: Any) -> Any:
-            return value
+    @device
+    def add_bias(value: Any, bias: Any) -> Any:
+        return value + bias
 
-    elif z.epilogue == "bias":
+    @device
+    def add_relu(value: Any, bias: Any) -> Any:
+        value = value + bias
+        return cuda.selp(value < F0, F0, value)  # a NaN stays
 
-        @device
-        def finish(value: Any, bias: Any, column: Any) -> Any:
-            return value + load(bias, column)
+    @device
+    def add_gelu(value: Any, bias: Any) -> Any:
+        return gelu(value + bias)
 
-    elif z.epilogue == "bias_relu":
-
-        @device
-        def finish(value: Any, bias: Any, column: Any) -> Any:
-            value = value + load(bias, column)
-            return F0 if value < F0 else value  # a NaN stays
-
-    else:
-
-        @device
-        def finish(value: Any, bias: Any, column: Any) -> Any:
-            value = value + load(bias, column)
-            return HALF * value * (F1 + erf(value * INVERSE_SQRT2))
-
-    return finish
+    return {"bias": add_bias, "bias_relu": add_relu, "bias_gelu": add_gelu}.get(epilogue, add_bias)
 
 
 def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
@@ -181,10 +166,11 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
     SHARED_A, SHARED_B = STAGES * SIZE_A, STAGES * SIZE_B
     WARPS_N, WM, WN = warps[1], BM // warps[0], BN // warps[1]
     MT, NT = WM // 16, WN // 8
-    SUMS, WORDS_B = MT * NT * 4, NT * 2
+    SUMS, WORDS_B, COLUMNS = MT * NT * 4, NT * 2, NT * 2
     PAIRS, EXACT = N % 2 == 0, M % BM == 0 and N % BN == 0
-    mma, wait, finish, corner = MMA[z.precision], copy_wait(STAGES - 2), _finisher(z), _raster(z)
-    _, store, _, _, store2 = ACCESS[z.precision]
+    mma, wait, finish, corner = MMA[z.precision], copy_wait(STAGES - 2), _finisher(z.epilogue), _raster(z)
+    load, store, _, _, store2 = ACCESS[z.precision]
+    BIAS = z.epilogue != "none"
 
     @device
     def fill(sa: Any, sb: Any, a: Any, b: Any, row: Any, column: Any, step: Any, slot: Any) -> None:
@@ -200,6 +186,7 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
         acc = cuda.local.array(SUMS, float32)
         fa = cuda.local.array(4, uint32)
         fb = cuda.local.array(WORDS_B, uint32)
+        fn = cuda.local.array(COLUMNS, float32)
         row, column = corner()
         warp = cuda.threadIdx.x // 32
         wm = warp // WARPS_N * WM
@@ -221,6 +208,12 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
                     mma(acc, i * NT * 4, fa, 0, fb, 0, NT)
             slot = slot + 1 if slot + 1 < STAGES else 0
         lane = cuda.threadIdx.x % 32
+        if BIAS:  # two flat loops before the stores: one nest of all three was unrolled too late (acc in memory)
+            for x in range(2 * NT):
+                s = column + wn + x // 2 * 8 + lane % 4 * 2 + x % 2
+                fn[x] = load(bias, cuda.selp(s < N, s, 0))
+            for x in range(SUMS):
+                acc[x] = finish(acc[x], fn[x // 4 % NT * 2 + x % 2])
         for i in range(MT):
             for half in range(2):
                 r = row + wm + 16 * i + 8 * half + lane // 4
@@ -229,11 +222,11 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
                     at = (i * NT + j) * 4 + 2 * half
                     if EXACT or (r < M and s < N):
                         if PAIRS:
-                            store2(c, r * N + s, finish(acc[at], bias, s), finish(acc[at + 1], bias, s + 1))
+                            store2(c, r * N + s, acc[at], acc[at + 1])
                         else:
-                            store(c, r * N + s, finish(acc[at], bias, s))
+                            store(c, r * N + s, acc[at])
                             if s + 1 < N:
-                                store(c, r * N + s + 1, finish(acc[at + 1], bias, s + 1))
+                                store(c, r * N + s + 1, acc[at + 1])
 
     return gemm
 
@@ -241,7 +234,8 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
 def _panel(outer: int, inner: int, stride: int, ends: tuple[int, int], threads: int, transposed: bool) -> Any:
     """fp32: device functions (fetch, put) of a tile with `inner` contiguous in memory.
 
-    fetch(registers, matrix, o0, i0) reads 4 elements a turn, zeros outside; put(shared, base, registers) writes
+    fetch(registers, matrix, o0, i0) reads 4 elements a turn, zeros outside (selected: branches would be unrolled
+    too late to keep the registers in registers on sm_100a); put(shared, base, registers) writes
     them as [inner][outer] if transposed, else [outer][inner], rows padded by 4 against bank conflicts.
     """
     outer_end, inner_end = ends
@@ -254,16 +248,22 @@ def _panel(outer: int, inner: int, stride: int, ends: tuple[int, int], threads: 
     _, put_one, _, put16, _ = SHARED_ACCESS
 
     @device
-    def fetch(registers: Any, matrix: Any, o0: Any, i0: Any) -> None:
+    def fetch_chunks(registers: Any, matrix: Any, o0: Any, i0: Any) -> None:
+        i = i0 + cuda.threadIdx.x % per_row * 4
         for q in range(turns):
             o = o0 + cuda.threadIdx.x // per_row + q * apart
-            i = i0 + cuda.threadIdx.x % per_row * 4
-            if whole and o < outer_end and i < inner_end:
-                load16(matrix, o * stride + i, registers, q * 4)
-            else:
-                for e in range(4):
-                    inside = o < outer_end and i + e < inner_end
-                    registers[q * 4 + e] = load(matrix, o * stride + i + e) if inside else F0
+            inside = (o < outer_end) & (i < inner_end)
+            load16(matrix, cuda.selp(inside, o * stride + i, 0), registers, q * 4)
+            for e in range(4):
+                registers[q * 4 + e] = cuda.selp(inside, registers[q * 4 + e], F0)
+
+    @device
+    def fetch_elements(registers: Any, matrix: Any, o0: Any, i0: Any) -> None:
+        for x in range(turns * 4):
+            o = o0 + cuda.threadIdx.x // per_row + x // 4 * apart
+            i = i0 + cuda.threadIdx.x % per_row * 4 + x % 4
+            inside = (o < outer_end) & (i < inner_end)
+            registers[x] = cuda.selp(inside, load(matrix, cuda.selp(inside, o * stride + i, 0)), F0)
 
     @device
     def put(shared: Any, base: Any, registers: Any) -> None:
@@ -276,7 +276,7 @@ def _panel(outer: int, inner: int, stride: int, ends: tuple[int, int], threads: 
             else:
                 put16(shared, base + o * pitch + i, registers, q * 4)
 
-    return fetch, put
+    return fetch_chunks if whole else fetch_elements, put
 
 
 def _register_tiles(z: _Sizes, thread: tuple[int, int]) -> Any:
@@ -294,9 +294,10 @@ def _register_tiles(z: _Sizes, thread: tuple[int, int]) -> Any:
     SIZE_A, SIZE_B = BK * PITCH_A, BK * PITCH_B
     SHARED_A, SHARED_B, NEXT_A, NEXT_B = 2 * SIZE_A, 2 * SIZE_B, BM * BK // z.threads, BN * BK // z.threads
     SUMS, WHOLE = TM * TN, N % 4 == 0
-    _, store, _, store16, _ = ACCESS["fp32"]
+    load, store, _, store16, _ = ACCESS["fp32"]
+    BIAS = z.epilogue != "none"
     load16 = SHARED_ACCESS[2]
-    finish, corner = _finisher(z), _raster(z)
+    finish, corner = _finisher(z.epilogue), _raster(z)
 
     def gemm(c: Any, a: Any, b: Any, bias: Any) -> None:
         sa = cuda.shared.array(SHARED_A, float32, 16)
@@ -330,18 +331,23 @@ def _register_tiles(z: _Sizes, thread: tuple[int, int]) -> Any:
                 for i in range(TM):
                     for j in range(TN):
                         acc[i * TN + j] = fma(fa[i], fb[j], acc[i * TN + j])
+        if BIAS:
+            for j in range(TN):
+                s = column + j // 4 * STEP_N + tx + j % 4
+                fb[j] = load(bias, cuda.selp(s < N, s, 0))
+            for x in range(SUMS):
+                acc[x] = finish(acc[x], fb[x % TN])
         for i in range(TM):
             r = row + i // 4 * STEP_M + ty + i % 4
             for j in range(0, TN, 4):
                 s = column + j // 4 * STEP_N + tx
                 if r < M and s < N:
-                    for e in range(4):
-                        if s + e < N:
-                            acc[i * TN + j + e] = finish(acc[i * TN + j + e], bias, s + e)
-                            if not WHOLE:
-                                store(c, r * N + s + e, acc[i * TN + j + e])
                     if WHOLE:
                         store16(c, r * N + s, acc, i * TN + j)
+                    else:
+                        for e in range(4):
+                            if s + e < N:
+                                store(c, r * N + s + e, acc[i * TN + j + e])
 
     return gemm
 

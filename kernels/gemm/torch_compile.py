@@ -14,6 +14,7 @@ from rooftune.kernels.common.torch_compile import MODES, compile_body
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8")
+PER_SHAPE = True
 SPACE = Space(axes={"mode": MODES}, default={"mode": "default"})
 
 

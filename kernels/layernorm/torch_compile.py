@@ -13,6 +13,7 @@ from rooftune.kernels.layernorm import EPS
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "fp16", "bf16")
+PER_SHAPE = True
 SPACE = Space(axes={"mode": MODES}, default={"mode": "default"})
 
 

@@ -12,6 +12,7 @@ from rooftune.kernels.common.torch_compile import MODES, compile_body
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "fp16", "bf16")
+PER_SHAPE = True
 SPACE = Space(axes={"mode": MODES}, default={"mode": "default"})
 
 
