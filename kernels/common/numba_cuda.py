@@ -47,9 +47,10 @@ MAX_THREADS = 1024
 ARCHES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0), "sm_120a": (12, 0)}
 
 device = ops.device
-fmax, fma, exp2, rsqrt, erf, shfl_xor = ops.fmax, ops.fma, ops.exp2, ops.rsqrt, ops.erf, ops.shfl_xor
+fmax, fma, exp2, rsqrt, gelu, shfl_xor = ops.fmax, ops.fma, ops.exp2, ops.rsqrt, ops.gelu, ops.shfl_xor
 copy16, copy_commit, copy_wait = warps.copy16, warps.copy_commit, warps.copy_wait
 ldmatrix, ldmatrix_t, MMA, PACK = warps.ldmatrix, warps.ldmatrix_t, warps.MMA, warps.PACK
+grid_mma, grid_finish, grid_store = warps.grid_mma, warps.grid_finish, warps.grid_store
 ACCESS, SHARED_ACCESS = ops.ACCESS, ops.SHARED_ACCESS
 float32, uint16, uint32 = ops.float32, ops.uint16, ops.uint32
 

@@ -90,6 +90,12 @@ def erf(x: Any) -> Any:
     return np.copysign(np.float32(1) - p, np.float32(x))
 
 
+def gelu(x: Any) -> Any:
+    """x * (1 + erf(x / sqrt 2)) / 2."""
+    half = np.float32(0.5) * np.float32(x)
+    return half + half * erf(np.float32(x) * np.float32(math.sqrt(0.5)))
+
+
 def fma(a: Any, b: Any, c: Any) -> Any:
     return a * b + c
 
@@ -234,3 +240,46 @@ def _pack(encode: Callable[[Any], Any]) -> Callable[[Any, Any], int]:
 
 
 PACK = {"fp16": _pack(f32_to_f16), "bf16": _pack(f32_to_bf16)}
+
+
+# --- whole accumulators: see numba_cuda_mma.py for the order of the sums -------------------------------
+
+
+def grid_mma(precision: str, mt: int, nt: int) -> Callable[..., None]:
+    """Make mma(acc, a, b): all tiles, from mt A operands (4 words each) and nt B operands (2 words each)."""
+    one = MMA[precision]
+
+    def mma(acc: Any, a: Any, b: Any) -> None:
+        for i in range(mt):
+            one(acc, i * nt * 4, a, 4 * i, b, 0, nt)
+
+    return mma
+
+
+def grid_finish(epilogue: str, mt: int, nt: int) -> Callable[..., None]:
+    """Make finish(acc, bias): add bias[2j + e] to every sum, then nothing, `relu` or `gelu`."""
+
+    def finish(acc: Any, bias: Any) -> None:
+        for x in range(mt * nt * 4):
+            value = acc[x] + bias[x // 4 % nt * 2 + x % 2]
+            if epilogue == "bias_relu":
+                value = np.float32(0) if value < 0 else value
+            elif epilogue == "bias_gelu":
+                value = gelu(value)
+            acc[x] = value
+
+    return finish
+
+
+def grid_store(precision: str, mt: int, nt: int, m: int, n: int, exact: bool) -> Callable[..., None]:
+    """Make store(c, acc, row, column): round the sums to 16 bits and write those inside c: [m, n]."""
+    put = ACCESS[precision][1]
+
+    def store(c: Any, acc: Any, row: int, column: int) -> None:
+        for x in range(mt * nt * 4):
+            r = row + x // 4 // nt * 16 + x // 2 % 2 * 8
+            s = column + x // 4 % nt * 8 + x % 2
+            if exact or (r < m and s < n):
+                put(c, r * n + s, acc[x])
+
+    return store

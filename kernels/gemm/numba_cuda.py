@@ -12,7 +12,6 @@ from rooftune.core import Config, Problem, Resources, Space
 from rooftune.kernels.common import numba_cuda as common
 from rooftune.kernels.common.numba_cuda import (
     ACCESS,
-    MMA,
     SHARED_ACCESS,
     ceil_div,
     copy_commit,
@@ -22,6 +21,9 @@ from rooftune.kernels.common.numba_cuda import (
     float32,
     fma,
     gelu,
+    grid_finish,
+    grid_mma,
+    grid_store,
     uint16,
     uint32,
 )
@@ -75,7 +77,7 @@ def _default(problem: Problem) -> Config:
     large = ceil_div(m, 128) * ceil_div(n, 128) >= 100
     block, step = (128 if large else 64), (16 if _simt(problem) else 32)
     exact = m % block == 0 and n % block == 0 and k % step == 0
-    warps = 8 if large else 2 if _simt(problem) else 4
+    warps = 8 if large else 4
     stages = 2 if _simt(problem) else 3
     return {"block_m": block, "block_n": block, "block_k": step, "num_warps": warps, "num_stages": stages,
             "blocks_per_sm": 2 if exact else 1, "group_m": 8}  # fmt: skip
@@ -166,10 +168,10 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
     SHARED_A, SHARED_B = STAGES * SIZE_A, STAGES * SIZE_B
     WARPS_N, WM, WN = warps[1], BM // warps[0], BN // warps[1]
     MT, NT = WM // 16, WN // 8
-    SUMS, WORDS_B, COLUMNS = MT * NT * 4, NT * 2, NT * 2
-    PAIRS, EXACT = N % 2 == 0, M % BM == 0 and N % BN == 0
-    mma, wait, finish, corner = MMA[z.precision], copy_wait(STAGES - 2), _finisher(z.epilogue), _raster(z)
-    load, store, _, _, store2 = ACCESS[z.precision]
+    SUMS, WORDS_A, WORDS_B, COLUMNS = MT * NT * 4, MT * 4, NT * 2, NT * 2
+    mma, finish = grid_mma(z.precision, MT, NT), grid_finish(z.epilogue, MT, NT)
+    write = grid_store(z.precision, MT, NT, M, N, M % BM == 0 and N % BN == 0)
+    wait, corner, load = copy_wait(STAGES - 2), _raster(z), ACCESS[z.precision][0]
     BIAS = z.epilogue != "none"
 
     @device
@@ -184,7 +186,7 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
         sa = cuda.shared.array(SHARED_A, uint16, 16)
         sb = cuda.shared.array(SHARED_B, uint16, 16)
         acc = cuda.local.array(SUMS, float32)
-        fa = cuda.local.array(4, uint32)
+        fa = cuda.local.array(WORDS_A, uint32)
         fb = cuda.local.array(WORDS_B, uint32)
         fn = cuda.local.array(COLUMNS, float32)
         row, column = corner()
@@ -204,29 +206,17 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
                 for j in range(NT // 2):
                     read_b(fb, 4 * j, sb, slot * SIZE_B, wn + 16 * j, k)
                 for i in range(MT):
-                    read_a(fa, 0, sa, slot * SIZE_A, wm + 16 * i, k)
-                    mma(acc, i * NT * 4, fa, 0, fb, 0, NT)
+                    read_a(fa, 4 * i, sa, slot * SIZE_A, wm + 16 * i, k)
+                mma(acc, fa, fb)
             slot = slot + 1 if slot + 1 < STAGES else 0
         lane = cuda.threadIdx.x % 32
-        if BIAS:  # two flat loops before the stores: one nest of all three was unrolled too late (acc in memory)
-            for x in range(2 * NT):
-                s = column + wn + x // 2 * 8 + lane % 4 * 2 + x % 2
+        first = column + wn + lane % 4 * 2
+        if BIAS:
+            for x in range(COLUMNS):
+                s = first + x // 2 * 8 + x % 2
                 fn[x] = load(bias, cuda.selp(s < N, s, 0))
-            for x in range(SUMS):
-                acc[x] = finish(acc[x], fn[x // 4 % NT * 2 + x % 2])
-        for i in range(MT):
-            for half in range(2):
-                r = row + wm + 16 * i + 8 * half + lane // 4
-                for j in range(NT):
-                    s = column + wn + 8 * j + lane % 4 * 2
-                    at = (i * NT + j) * 4 + 2 * half
-                    if EXACT or (r < M and s < N):
-                        if PAIRS:
-                            store2(c, r * N + s, acc[at], acc[at + 1])
-                        else:
-                            store(c, r * N + s, acc[at])
-                            if s + 1 < N:
-                                store(c, r * N + s + 1, acc[at + 1])
+            finish(acc, fn)
+        write(c, acc, row + wm + lane // 4, first)
 
     return gemm
 
