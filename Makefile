@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-RUN     = $(BIN)/python bench.py
 
 .PHONY: bench test lint setup clean
 
@@ -11,15 +10,18 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints/cpu.txt scripts/setup.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
 
-bench: setup
-	$(RUN) tour
+$(VENV)/.dev: $(VENV)/.ready
+	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh dev
 
-test: setup
+bench: setup
+	$(BIN)/python bench.py tour
+
+test: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --benchmark-disable
 
-lint: setup
+lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format . && $(BIN)/mypy
 
 clean:

@@ -78,7 +78,6 @@ def parser() -> argparse.ArgumentParser:
     _add_device_options(doctor)
     tour = verb("tour", "the whole story in minutes: race, tuned winner, transformer block, GPU evidence")
     _add_device_options(tour)
-    tour.add_argument("--minutes", type=float, default=4.0, help="about how long it may take")
     run = verb("run", "race competitors; interleaved, checked, with intervals")
     _add_race_options(run)
     _add_device_options(run)

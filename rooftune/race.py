@@ -79,26 +79,25 @@ def entrants(lab: Lab, problem: Problem, impls: Iterable[Impl], event: Event) ->
 
     One that is not installed, or does not do this precision or device, is listed as skipped with the reason.
     """
-    found: list[Entrant] = []
-    for impl in impls:
+
+    def one(impl: Impl) -> list[Entrant]:
         reason = impl.missing or _unfit(impl, problem, lab.kind)
         if reason:
-            found.append(Entrant(impl, {}, True, Status.SKIPPED, reason))
-            continue
+            return [Entrant(impl, {}, True, Status.SKIPPED, reason)]
         event("prepare", impl.key)
         try:
             space = lab.space(impl, problem)
         except UsageError as error:
-            found.append(Entrant(impl, {}, True, Status.FAILED_COMPILE, str(error)))
-            continue
+            return [Entrant(impl, {}, True, Status.FAILED_COMPILE, str(error))]
         axis = space["entrants"]
         if axis is None:
-            found.append(Entrant(impl, space["default"], True))
-            continue
+            return [Entrant(impl, space["default"], True)]
         starters = {c[axis]: c for c in reversed(space["configs"]) if _alike(c, space["default"], axis)}
         calls = [starters[value] for value in space["axes"][axis] if value in starters]
-        found += [Entrant(impl, config, config == space["default"]) for config in calls]
-    return found
+        return [Entrant(impl, config, config == space["default"]) for config in calls]
+
+    with ThreadPoolExecutor(2) as pool:  # a worker imports its backend first: seconds each
+        return [entrant for group in pool.map(one, impls) for entrant in group]
 
 
 def _alike(config: Config, default: Config, axis: str) -> bool:

@@ -1,12 +1,14 @@
 #!/bin/sh
 # Make a virtual environment with what this machine can use: the CUDA set if a driver answers, else the
-# CPU set (with the wheels that compile CUDA without a driver). Nothing outside $VENV is touched.
+# CPU set with the wheels that compile CUDA without a driver. `setup.sh dev` adds the test tools.
+# Nothing outside $VENV is touched.
 set -eu
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
+more=${1:-}
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "rooftune needs Python 3.11 or newer; $("$PYTHON" --version 2>&1) is too old. Try: make PYTHON=python3.12 $*" >&2
+  echo "rooftune needs Python 3.11 or newer; $("$PYTHON" --version 2>&1) is too old. Try: make bench PYTHON=python3.12" >&2
   exit 2
 }
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
@@ -14,13 +16,14 @@ VENV=${VENV:-.venv}
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
   # "CUDA Version: 13.0" is the newest runtime the driver can serve
   major=$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' | head -n 1)
-  if [ "${major:-12}" -ge 13 ]; then extras=cuda13,dev; else extras=cuda12,dev; fi
+  if [ "${major:-12}" -ge 13 ]; then extras=cuda13; else extras=cuda12; fi
   pin=""
 else
-  extras=cpu,offline,dev
+  extras=cpu,offline
   pin="-c constraints/cpu.txt"
 fi
+extras=$extras${more:+,$more}
 echo "rooftune: installing the [$extras] set into $VENV" >&2
 # shellcheck disable=SC2086  # $pin is two words or none
 "$VENV/bin/python" -m pip install --disable-pip-version-check -q $pin -e ".[$extras]"
-touch "$VENV/.ready"
+touch "$VENV/.${more:-ready}"
