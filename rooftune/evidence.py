@@ -114,11 +114,12 @@ def gather(
     def work(jobs: list[tuple[Impl, str, str]]) -> list[Record]:
         return [one(job) for job in jobs]
 
-    # One worker serves one competitor in one mode, so the jobs of such a pair stay in one thread.
+    # One worker serves one language in one mode, so the jobs of such a pair stay in one thread.
+    languages = dict.fromkeys(impl.language or impl.key for impl in impls)
     groups = [
-        [(impl, precision, what) for precision in precisions if precision in impl.precisions]
-        for impl in impls
+        [(i, p, what) for i in impls if (i.language or i.key) == name for p in precisions if p in i.precisions]
         for what in ("emulate", "compile")
+        for name in languages
     ]
     with ThreadPoolExecutor(2) as pool:
         records = [record for group in pool.map(work, groups) for record in group]

@@ -219,7 +219,7 @@ class Lab:
         Raises:
             Unavailable: workers do not start at all here (three times in a row).
         """
-        key = (impl.key if impl and not impl.module.startswith("file:") else impl.module if impl else "", mode)
+        key = _key(impl, mode)
         found = self._workers.get(key)
         if found is not None and found.alive:
             return found
@@ -239,8 +239,9 @@ class Lab:
 
     def retire(self, impl: Impl | None, mode: str = "native") -> None:
         """End a competitor's worker; the next request starts a fresh one."""
-        for key in [k for k, w in self._workers.items() if k[1] == mode and impl and k[0] in (impl.key, impl.module)]:
-            self._workers.pop(key).close()
+        worker = self._workers.pop(_key(impl, mode), None)
+        if worker is not None:
+            worker.close()
 
     def ask(self, impl: Impl, verb: str, deadline_s: float, mode: str = "native", **arguments: Any) -> Reply:
         """A request about a competitor; a dead worker becomes the reply's status."""
@@ -273,7 +274,7 @@ class Lab:
 
     def time(self, impl: Impl, handle: int, seed: int, deadline_s: float = 60.0, **options: Any) -> Reply:
         """One round of samples; `data["samples_s"]` are seconds per call. Options as `clock.time_calls`."""
-        worker = self._workers.get((impl.module if impl.module.startswith("file:") else impl.key, "native"))
+        worker = self._workers.get(_key(impl, "native"))
         if worker is None or not worker.alive:
             return Reply(Status.FAILED_CRASH, "its worker is gone")
         try:
@@ -302,7 +303,7 @@ class Lab:
 
     def release(self, impl: Impl, handle: int) -> None:
         """Free a prepared candidate; nothing happens if its worker is gone."""
-        worker = self._workers.get((impl.module if impl.module.startswith("file:") else impl.key, "native"))
+        worker = self._workers.get(_key(impl, "native"))
         if worker is not None and worker.alive:
             with contextlib.suppress(WorkerDied):
                 worker.request("release", 30.0, handle=handle)
@@ -324,6 +325,16 @@ class Lab:
                 yield
             finally:
                 fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def _key(impl: Impl | None, mode: str) -> tuple[str, str]:
+    """Whose worker it is. What is timed has a process of its own; proofs of one language share one, because
+    importing the language costs more than most of them."""
+    if impl is None:
+        return "", mode
+    if impl.module.startswith("file:"):
+        return impl.module, mode
+    return (impl.language if mode != "native" and impl.language else impl.key), mode
 
 
 def _lock_path(device: str) -> Path:

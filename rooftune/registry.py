@@ -33,6 +33,7 @@ class Impl:
 
     `emulates` and `compiles` say whether the file can prove itself without its device. `per_shape`
     marks a compiler that makes another kernel for every shape: it is checked on the problem's own.
+    `language` is the `common/<language>.py` that it builds on, if there is one.
     """
 
     op: str
@@ -43,6 +44,7 @@ class Impl:
     devices: tuple[str, ...]
     precisions: tuple[str, ...]
     requires: tuple[str, ...]
+    language: str = ""
     env: dict[str, dict[str, str]] = field(hash=False, compare=False, default_factory=dict)
     emulates: bool = False
     compiles: bool = False
@@ -172,14 +174,14 @@ def _read(path: Path) -> tuple[dict[str, Any], str, set[str]]:
     return values, summary, names
 
 
-def _language(root: Path, name: str) -> dict[str, Any]:
-    """Literals of the longest-named `common/<language>.py` that begins the competitor's name."""
+def _language(root: Path, name: str) -> tuple[str, dict[str, Any]]:
+    """The longest-named `common/<language>.py` that begins the competitor's name, and its literals."""
     parts = name.split("_")
     for length in range(len(parts), 0, -1):
         path = root / "common" / ("_".join(parts[:length]) + ".py")
         if path.exists():
-            return _read(path)[0]
-    return {}
+            return path.stem, _read(path)[0]
+    return "", {}
 
 
 def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
@@ -187,7 +189,7 @@ def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
     for needed in ("DEVICES", "PRECISIONS"):
         if needed not in values:
             raise UsageError(f"{path} has no {needed}; a kernel file declares DEVICES, PRECISIONS, SPACE and build()")
-    language = _language(root, path.stem) if root else {}
+    spoken, language = _language(root, path.stem) if root else ("", {})
     default = () if root is None else (path.stem.split("_")[0],)
     return Impl(
         op=op_name,
@@ -198,6 +200,7 @@ def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
         devices=tuple(values["DEVICES"]),
         precisions=tuple(values["PRECISIONS"]),
         requires=tuple(values.get("REQUIRES", language.get("REQUIRES", default))),
+        language=spoken,
         env={**language.get("ENV", {}), **values.get("ENV", {})},
         emulates="emulate" in names,
         compiles="compile_for" in names,

@@ -24,6 +24,7 @@ else
 fi
 extras=$extras${more:+,$more}
 echo "rooftune: installing the [$extras] set into $VENV" >&2
+# --no-compile: byte code is written when a module is first imported; doing it for all took a minute of two.
 # shellcheck disable=SC2086  # $pin is two words or none
-"$VENV/bin/python" -m pip install --disable-pip-version-check -q $pin -e ".[$extras]"
+"$VENV/bin/python" -m pip install --no-compile --disable-pip-version-check -q $pin -e ".[$extras]"
 touch "$VENV/.${more:-ready}"

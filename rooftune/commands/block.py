@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rooftune import race, registry
+from rooftune.autotune import dispatch
 from rooftune.commands import common
 from rooftune.commands.run import measure
 from rooftune.core import ExitCode, Status, UsageError
@@ -81,7 +82,8 @@ def compose_and_time(
     ceilings = session.ceilings
     quiet = _Silent()
     records = [*known, *measure(session, todo, field, timing, quiet, common.tuned_entrants(session, todo))]
-    measured = blocks.fastest(records)
+    # Never slower: a step leaves torch only for what beat the best torch call with confidence.
+    measured = {text: (record.impl, record.config) for text, record in dispatch.winners(records).items()}
     baselines = blocks.fastest(records, torch_only=True)
     languages = ("numba",) if kind == "cpu" else ("triton", "cupy", "numba_cuda")
     compositions = [

@@ -41,7 +41,7 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
         console.print(f"[bold]{session.device}[/bold] {session.device.name}, {session.threads} threads")
         _ceilings(session, console)
         headline("1  The race", "python bench.py run --suite quick --rounds 20")
-        problems = catalogue.problems("quick", registry.op_names(), common.DEFAULT_PRECISIONS, kind)
+        problems = catalogue.problems("tour", registry.op_names(), common.DEFAULT_PRECISIONS, kind)
         field = {op: list(registry.impls(op)) for op in registry.op_names()}
         extra = common.tuned_entrants(session, problems)
         records = measure(session, problems, field, race.Options(rounds=8, seed=seed), console, extra)
