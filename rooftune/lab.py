@@ -69,6 +69,7 @@ class Worker:
         home = str(Path(rooftune.__file__).parent.parent)
         env = {**os.environ, **_thread_env(threads), **(impl.env.get(mode, {}) if impl else {})}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
+        device = _see_only(device, env)
         env["PYTHONFAULTHANDLER"] = "1"  # a crash leaves its Python line in the log
         fds = (request_read, reply_write)
         command = [sys.executable, "-P", "-m", "rooftune.worker", *map(str, fds), mode, device]
@@ -182,6 +183,18 @@ class Worker:
             self.process.wait(TERM_S)
         self.kill()
         self.log.close()
+
+
+def _see_only(device: str, env: dict[str, str]) -> str:
+    """Hide every GPU but the worker's own, whatever its language calls "current". Returns torch's name for it."""
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = env["HIP_VISIBLE_DEVICES"] = ""
+        return device
+    visible = [x for x in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
+    if index and (visible or int(index)):
+        env["CUDA_VISIBLE_DEVICES"] = visible[int(index)] if visible else index
+    return f"{kind}:0" if index else device
 
 
 def _thread_env(threads: int) -> dict[str, str]:

@@ -129,10 +129,15 @@ def _row(c: CompositionResult) -> list[str]:
         f"{c.tokens_per_s:,.0f}",
         f"{c.tflops:.3g}",
         "" if c.roof is None else f"{c.roof:.0%}",
-        "" if c.ratio_to_torch is None else f"{c.ratio_to_torch:.3f}x" + _half(c.ratio_to_torch, c.ratio_ci),
+        "" if c.ratio_to_torch is None else f"{c.ratio_to_torch:.3f}x" + _ends(c.ratio_ci),
         "n/a" if joules is None else f"{joules:.3g}",
         checked,
     ]
+
+
+def _ends(interval: list[float] | None) -> str:
+    """The interval's ends: where it lies to 1 is what counts of a ratio."""
+    return "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def _half(value: float, interval: list[float] | None) -> str:

@@ -68,7 +68,9 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
         console.print(tuned_line, markup=False)
         for composition in result.compositions:
             if composition.ratio_to_torch is not None and composition.name != "torch":
-                console.print(f"block, {composition.name}: {composition.ratio_to_torch:.2f}x all-torch", markup=False)
+                low, high = composition.ratio_ci or (float("nan"), float("nan"))
+                ratio = f"{composition.ratio_to_torch:.2f}x all-torch [{low:.2f}, {high:.2f}]"
+                console.print(f"block, {composition.name}: {ratio}", markup=False)
         energy = session.no_energy()
         console.print(f"energy: {energy['method']} ({energy['reason']})", markup=False)
         console.print(f"records: {session.path}", style="dim", markup=False)

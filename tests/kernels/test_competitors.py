@@ -16,7 +16,7 @@ from rooftune.registry import Impl
 
 IMPLS = [impl for op in registry.op_names() for impl in registry.impls(op)]
 NATIVE = [i for i in IMPLS if "cpu" in i.devices]
-GPU = [i for i in IMPLS if "cpu" not in i.devices]
+GPU = [i for i in IMPLS if "cpu" not in i.devices and not i.per_shape]  # torch.compile needs the device itself
 # flags that change a kernel's code path; each precision gets the first, the first precision gets them all
 VARIANTS = {
     "gemm": ({}, {"transpose": "nt", "epilogue": "bias_gelu"}, {"transpose": "tn", "epilogue": "bias"},

@@ -55,7 +55,9 @@ def pytest_run(folder, *arguments, benchmark=True):
     (folder / "elsewhere.py").write_text(KERNEL.replace("{device}", "abacus"))
     plugins = ["-p", "rooftune.pytest_plugin"] + (["-p", "benchmark"] if benchmark else [])
     command = [sys.executable, "-m", "pytest", "-rfs", "-p", "no:cacheprovider", *plugins, *arguments, "test_it.py"]
-    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(HOME), "COLUMNS": "200"}
+    # pytest-benchmark measures nothing under xdist, and it would think itself there if we are
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env = outside | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(HOME), "COLUMNS": "200"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
     return done.stdout + done.stderr
 

@@ -11,7 +11,7 @@ CPU_FLOPS = 2e10  # 0.2 s at 100 GFLOP/s, one AVX-512 core: the largest of any s
 
 
 def test_the_folder_is_the_list():
-    assert catalogue.names() == ("ci", "fa", "llm", "quick", "ragged", "rows", "square")
+    assert catalogue.names() == ("ci", "fa", "llm", "quick", "ragged", "rows", "square", "tour")
     assert all(catalogue.summary(name) for name in catalogue.names())
 
 
