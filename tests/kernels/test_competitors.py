@@ -32,6 +32,8 @@ SIZES = {
     "softmax": {"m": 70, "n": 1000},
 }
 SMALL_SPILL = 256  # bytes stored and loaded: attention at d=128 keeps a few registers too many on sm_80
+# fp16 differs from bf16 in the type of one instruction: compiled for GEMM only, where both were seen
+COMPILED = [pytest.param(i, p, id=f"{i.key}-{p}") for i in GPU for p in i.precisions if p != "fp16" or i.op == "gemm"]
 TORCH_INT8 = {"m": 144, "n": 208, "k": 96}  # torch's int8 and fp8 calls want multiples of 16
 
 
@@ -46,7 +48,9 @@ def _cases(impls: list[Impl]) -> list[object]:
     for impl in impls:
         for precision in impl.precisions:
             variants = VARIANTS.get(impl.op, ({},))
-            for flags in variants if precision == impl.precisions[0] else variants[:1]:
+            # torch.compile takes some 8 s a case, and its flags are torch's own code paths
+            every = precision == impl.precisions[0] and not impl.per_shape
+            for flags in variants if every else variants[:1]:
                 if precision == "fp8":
                     flags = {"transpose": "nt"}
                 label = "-".join([impl.key, precision, *(f"{k}:{v}" for k, v in flags.items())])
@@ -96,9 +100,7 @@ def test_gpu_competitors_are_right_when_emulated(lab: Lab, impl: Impl, precision
     assert record.time_s is None
 
 
-@pytest.mark.parametrize(
-    ("impl", "precision"), [pytest.param(i, p, id=f"{i.key}-{p}") for i in GPU for p in i.precisions]
-)
+@pytest.mark.parametrize(("impl", "precision"), COMPILED)
 def test_gpu_competitors_compile_without_real_spills(lab: Lab, impl: Impl, precision: str) -> None:
     _need(impl)
     record = evidence.compile_all(lab, impl, evidence.compile_problem(impl.op, precision))
