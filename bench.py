@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a file: the checkout is the import path, and `bench` is not our name
     sys.path[0] = str(Path(__file__).resolve().parent)
 
-from rooftune.core import PRECISIONS, ExitCode, RooftuneError, Unavailable, UsageError
+from rooftune.core import ExitCode, RooftuneError, Unavailable, UsageError
 
 EXAMPLES = """examples:
   python bench.py                                   what is here, what is missing, what to do next
@@ -176,5 +176,3 @@ def _terminate(signum: int, _: object) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-__all__ = ["PRECISIONS", "main", "parser"]

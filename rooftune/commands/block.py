@@ -67,6 +67,8 @@ def compose_and_time(
     energy_windows: int = 0,
 ) -> blocks.BlockResult:
     """The whole of `block` for one shape; `known` are records of steps that were raced already."""
+    from rich.console import Console
+
     steps = block_plan.plan(shape)
     problems = [registry.problem(p) for p in block_plan.problems(steps)]
     for problem in problems:
@@ -80,15 +82,14 @@ def compose_and_time(
     timing = race.Options(rounds=STEP_ROUNDS, seed=seed)
     session.say(f"racing the competitors of {len(todo)} steps")
     ceilings = session.ceilings
-    quiet = _Silent()
+    quiet = Console(quiet=True)  # the block's own table says what was chosen in the step races
     records = [*known, *measure(session, todo, field, timing, quiet, common.tuned_entrants(session, todo))]
     # Never slower: a step leaves torch only for what beat the best torch call with confidence.
     measured = {text: (record.impl, record.config) for text, record in dispatch.winners(records).items()}
     baselines = blocks.fastest(records, torch_only=True)
-    languages = ("numba",) if kind == "cpu" else ("triton", "cupy", "numba_cuda")
     compositions = [
         blocks.compose("torch", steps, kind, baselines),
-        *(blocks.compose(language, steps, kind) for language in languages),
+        *(blocks.compose(language, steps, kind) for language in blocks.languages(steps, kind)),
         blocks.compose("best", steps, kind, measured),
     ]
     result = blocks.run(
@@ -106,13 +107,3 @@ def compose_and_time(
 
     block_report.tables(result, console)
     return result
-
-
-class _Silent:
-    """Swallows the step races' tables: the block's own table says what was chosen."""
-
-    def __getattr__(self, name: str) -> Any:
-        from rich.console import Console
-
-        self.console = self.__dict__.get("console") or Console(quiet=True)
-        return getattr(self.console, name)
