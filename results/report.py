@@ -1,7 +1,7 @@
 """Tables for people: the race, the evidence gathered without a device, the comparison of two runs.
 
-Rich is imported inside the functions. Off a terminal, or with NO_COLOR, the same tables come as plain text
-of at least 100 columns. Measured, emulated and compiled results never share a table.
+Rich is imported inside the functions. Off a terminal, or with NO_COLOR, the same tables come as plain text;
+off a terminal nothing is cut or wrapped. Measured, emulated and compiled results never share a table.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from rooftune.results.record import Record
 if TYPE_CHECKING:
     from rich.console import Console
 
-MIN_WIDTH = 100  # the narrowest width for which the tables are laid out
+UNCUT = 1000  # columns off a terminal: wider than any table, so that names in a log can be searched for
 WIDE = 120  # from here on: whole intervals instead of ±, and energy
 UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
 
 
-def make_console(file: Any = None, width: int | None = None) -> Console:
-    """A console on stdout or a file. Where that is no terminal: no colour, no wrapping below 100 columns."""
+def make_console(file: Any = None, width: int | None = None, stderr: bool = False) -> Console:
+    """A console on stdout, stderr or a file. Where that is no terminal: no colour, nothing cut or wrapped,
+    whatever COLUMNS says."""
     from rich.console import Console
 
-    console = Console(file=file, width=width, highlight=False, emoji=False, soft_wrap=False)
+    console = Console(file=file, width=width, stderr=stderr, highlight=False, emoji=False)
     if width is None and not console.is_terminal:
-        console = Console(file=file, width=max(MIN_WIDTH, console.width), highlight=False, emoji=False, no_color=True)
+        console = Console(file=file, width=UNCUT, stderr=stderr, highlight=False, emoji=False, no_color=True)
     return console
 
 

@@ -121,10 +121,9 @@ def to_stdout(chosen: argparse.Namespace) -> bool:
 
 def console(chosen: argparse.Namespace) -> Console:
     """Where tables are printed."""
-    from rich.console import Console
+    from rooftune.results import report
 
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "140"))
-    return Console(stderr=to_stdout(chosen), width=width, highlight=False, soft_wrap=False)
+    return report.make_console(stderr=to_stdout(chosen))
 
 
 def write(chosen: argparse.Namespace, records: Sequence[Record]) -> None:

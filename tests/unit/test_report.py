@@ -157,9 +157,12 @@ def test_a_terminal_gets_colour_unless_it_says_no(monkeypatch: pytest.MonkeyPatc
     assert "\x1b[32m" not in on_terminal()
 
 
-def test_off_a_terminal_there_are_at_least_100_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_off_a_terminal_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    assert report.make_console(io.StringIO()).width == 100
+    out = io.StringIO()
+    report.compare_table(CELLS, report.make_console(out))
+    assert all(cell.problem in out.getvalue() for cell in CELLS)
+    assert "…" not in out.getvalue()
 
 
 def test_an_ascii_terminal_gets_ascii() -> None:
