@@ -84,9 +84,23 @@ class BlockResult:
     seed: int
     compositions: list[CompositionResult]
 
+    @property
+    def use(self) -> tuple[str, str]:
+        """(composition for production, why). It leaves all-torch only for what is faster with confidence as a
+        whole: winners of steps raced alone can lose together, where two thread pools share the cores."""
+        timed = [c for c in self.compositions if c.time_s is not None]
+        sure = [c for c in timed if c.ratio_ci is not None and c.ratio_ci[0] > 1.0]
+        if not timed:
+            return "", "no composition could be timed"
+        if not sure:
+            return "torch", "no other composition is faster than all-torch with confidence"
+        best = min(sure, key=lambda c: c.time_s or 0.0)
+        return best.name, f"{best.ratio_to_torch:.2f}x all-torch{_ends(best.ratio_ci)}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {"kind": "block", "schema": 1, **asdict(self)}
+        name, why = self.use
+        return {"kind": "block", "schema": 1, **asdict(self), "use": {"composition": name or None, "why": why}}
 
 
 def tables(result: BlockResult, console: Console) -> None:
@@ -110,6 +124,8 @@ def tables(result: BlockResult, console: Console) -> None:
     done = [c for c in result.compositions if c.time_s is not None]
     if done:
         show("time of each step inside the layer, and its share of the whole", *_steps(done))
+    name, why = result.use
+    console.print(Text(f"  use: {name or 'nothing'} ({why})", style="green"), soft_wrap=True)
     for text in _notes(result):
         console.print(Text(f"  {text}", style="dim"), soft_wrap=True)
 

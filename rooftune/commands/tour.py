@@ -71,6 +71,7 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
                 low, high = composition.ratio_ci or (float("nan"), float("nan"))
                 ratio = f"{composition.ratio_to_torch:.2f}x all-torch [{low:.2f}, {high:.2f}]"
                 console.print(f"block, {composition.name}: {ratio}", markup=False)
+        console.print("block: use {} ({})".format(*result.use), markup=False)
         energy = session.no_energy()
         console.print(f"energy: {energy['method']} ({energy['reason']})", markup=False)
         console.print(f"records: {session.path}", style="dim", markup=False)

@@ -274,3 +274,13 @@ def test_the_report_shows_every_composition_and_every_reason(measured):
     data = json.loads(json.dumps(measured.to_json(), allow_nan=False))
     assert data["shape"]["model"] == "llama3-8b"
     assert data["compositions"][1]["status"] == "wrong"
+    assert "use: torch (no other composition is faster" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "use"),
+    [([1.01, 1.2], "best"), ([0.99, 1.2], "torch"), ([0.7, 0.9], "torch"), (None, "torch")],
+)
+def test_a_mix_is_used_only_if_it_is_faster_as_a_whole(measured, interval, use):
+    mix = dataclasses.replace(measured.compositions[0], name="best", ratio_to_torch=1.1, ratio_ci=interval)
+    assert dataclasses.replace(measured, compositions=[measured.compositions[0], mix]).use[0] == use
