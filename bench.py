@@ -11,7 +11,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: the checkout is the import path, and `bench` is not our name
@@ -27,14 +27,14 @@ EXAMPLES = """examples:
   python bench.py tune softmax --budget 60s         find a better config, keep it only if it is better
   python bench.py block --model gpt2 --phase decode
 
-Every option can be set by the environment: --rounds 20 is ROOFTUNE_ROUNDS=20.
+Every option can be set by the environment: --rounds 20 is ROOFTUNE_ROUNDS=20 (doctor --environment lists all).
 Exit codes: 0 ok, 1 regression or wrong result, 2 bad arguments or data, 3 inconclusive, 4 nothing ran here."""
 
 
 def _add_race_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("what", nargs="*", metavar="OP|PROBLEM", help="operators (all), or softmax[m=64,n=512]")
     verb.add_argument("--problem", action="append", default=[], help="a problem; may be repeated")
-    verb.add_argument("--suite", default="quick", help="which problems: quick, llm, square, ragged, fa, rows, ci")
+    verb.add_argument("--suite", default="quick", help="which problems: quick, llm, square, ... (all: bench.py)")
     verb.add_argument("--precision", "--dtype", default="", help="fp32,bf16,... (default: fp32 and bf16)")
     verb.add_argument("--only", default="", help="competitors, by name: torch,numba")
     verb.add_argument("--skip", default="", help="competitors to leave out")
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
     verb("list", "operators, competitors, suites and devices: what is here, and why the rest is not")
     doctor = verb("doctor", "the device, the toolchain, the noise, and what to install next")
+    doctor.add_argument("--environment", action="store_true", help="only the table of environment variables")
     _add_device_options(doctor)
     tour = verb("tour", "the whole story in minutes: race, tuned winner, transformer block, GPU evidence")
     _add_device_options(tour)
@@ -124,7 +125,26 @@ def parser() -> argparse.ArgumentParser:
     _add_output_options(check)
     for each in verbs.choices.values():
         _environment_defaults(each)
+    doctor.set_defaults(variables=lambda: _variables(verbs.choices))
     return top
+
+
+def _variables(verbs: Mapping[str, argparse.ArgumentParser]) -> dict[str, tuple[str, str]]:
+    """The one table of environment variables: name -> (what it sets, the verbs that read it)."""
+    found = {
+        "ROOFTUNE_RESULTS_DIR": ("where runs are stored (default: results/runs)", "all"),
+        "ROOFTUNE_CACHE_DIR": ("where compiled kernels are kept (default: the user's cache folder)", "all"),
+        "ROOFTUNE_TABLE": ("the file of tuned configs (default: in the folder of runs)", "run, tune, best, block"),
+    }
+    users: dict[str, list[str]] = {}
+    for verb, each in verbs.items():
+        for action in each._actions:
+            if action.option_strings and action.dest != "help":
+                text = f"{max(action.option_strings, key=len)}: {action.help or ''}".rstrip(": ")
+                name = f"ROOFTUNE_{action.dest.upper()}"
+                found.setdefault(name, (text, ""))
+                users.setdefault(name, []).append(verb)
+    return {name: (text, ", ".join(users.get(name, ())) or verbs_) for name, (text, verbs_) in found.items()}
 
 
 def _environment_defaults(verb: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import shutil
 import sys
 import time
@@ -72,6 +73,12 @@ def doctor(chosen: argparse.Namespace) -> ExitCode:
     from rooftune.session import versions
 
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    if chosen.environment:
+        variables = Table("variable", "sets", "read by", "now", box=None, pad_edge=False, header_style="dim")
+        for name, (text, verbs) in chosen.variables().items():
+            variables.add_row(name, text, verbs, os.environ.get(name, ""))
+        out.print(variables)
+        return ExitCode.OK
     here = device.find(device_name(chosen))
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")

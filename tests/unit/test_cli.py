@@ -148,3 +148,12 @@ def test_the_overview_names_what_is_missing_and_what_to_do_next() -> None:
     assert done.returncode == ExitCode.OK
     for words in ("softmax", "numba", "triton", "suites: ci", "next: python bench.py run"):
         assert words in done.stdout
+
+
+def test_the_table_of_environment_variables_is_made_from_the_options() -> None:
+    done = bench("doctor", "--environment", ROOFTUNE_ROUNDS="12")
+    assert done.returncode == ExitCode.OK, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ROOFTUNE_ROUNDS "))
+    assert "--rounds" in line
+    assert line.rstrip().endswith("12")
+    assert "ROOFTUNE_RESULTS_DIR" in done.stdout
