@@ -72,7 +72,7 @@ def _cell(text: object) -> str:
     return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
     """A GitHub table; columns named in `right` are aligned right."""
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join("--:" if h in right else ":--" for h in header) + "|"]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
@@ -92,12 +92,12 @@ def to_markdown(records: Iterable[Record]) -> str:
     if measured := by_evidence.get(Evidence.MEASURED):
         header = ("problem", "competitor", "status", "time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")
         rows = [_measured_row(r) for r in measured]
-        parts.append(_markdown(header, rows, ("time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")))
+        parts.append(markdown(header, rows, ("time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")))
     for evidence in (Evidence.EMULATED, Evidence.COMPILED):
         if found := by_evidence.get(evidence):
             header = ("problem", "competitor", "status", *(("error",) if evidence == Evidence.EMULATED else ()), "note")
             rows = [_unmeasured_row(r) for r in found]
-            parts.append(f"{str(evidence).capitalize()}, never timed:\n\n{_markdown(header, rows)}")
+            parts.append(f"{str(evidence).capitalize()}, never timed:\n\n{markdown(header, rows)}")
     return "\n".join(parts)
 
 
@@ -222,7 +222,7 @@ def step_summary(cells: Sequence[Cell], margin: float = 0.005, same: float = 0.0
     while True:
         rows = [(c.verdict, c.problem, c.impl, _finding(c), ", ".join(c.changed)) for c in shown[:count]]
         cut = f"\nThe worst {count} of {len(shown)} rows are shown.\n" if count < len(shown) else ""
-        table = _markdown(("verdict", "problem", "competitor", "finding", "changed"), rows) if rows else ""
+        table = markdown(("verdict", "problem", "competitor", "finding", "changed"), rows) if rows else ""
         text = f"### rooftune\n\n{table}{cut}\n{notes}\n"
         if len(text.encode("utf-8", "replace")) <= MAX_SUMMARY_BYTES:
             return text

@@ -130,7 +130,7 @@ def _shorten(text: str, width: int, gap: str) -> str:
     return text[: keep - keep // 2] + gap + text[len(text) - keep // 2 :]
 
 
-def _print_table(
+def print_table(
     console: Console, title: str, columns: Sequence[Column], rows: Sequence[tuple[Sequence[str], str]]
 ) -> None:
     """A title line and the rows (cells, style). Only flexible columns are cut, the widest first."""
@@ -223,7 +223,7 @@ def _race(group: list[Record], console: Console, problem: str, device: str, boun
         rows.append((row, "red"))
     if rows:
         title = " · ".join(part for part in (problem, device, _regime(timed)) if part)
-        _print_table(console, title, columns, rows)
+        print_table(console, title, columns, rows)
     for record in lost:
         _say(console, f"{name_of(record)}: {record.status}: {record.reason or 'no reason given'}", "red")
     _notes(group, timed, tied, console, problem)
@@ -294,8 +294,8 @@ def _emulated(records: list[Record], console: Console) -> None:
             style = "red" if mine[-1].status != Status.OK else ""
             rows.append(([impl, *(shown.get(p, "") for p in precisions)], style))
         columns = [Column("competitor", flexible=True), *(Column(p) for p in precisions)]
-        _print_table(console, "Emulated on a CPU: right or wrong (relative error), never a time", columns, rows)
-    _reasons(((f"{r.impl} {r.precision}", r.status, r.reason) for r in records), console)
+        print_table(console, "Emulated on a CPU: right or wrong (relative error), never a time", columns, rows)
+    reasons(((f"{r.impl} {r.precision}", r.status, r.reason) for r in records), console)
     if records:
         console.print()
 
@@ -317,15 +317,15 @@ def _compiled(records: list[Record], console: Console) -> None:
         columns = [Column("competitor"), Column("precision"), Column("arch")]
         columns += [Column(header, right=True) for header in ("registers", "spills B", "shared KiB")]
         columns += [Column("tensor core", flexible=True), Column("toolchain", flexible=True)]
-        _print_table(console, "Compiled, not run: from the machine code", columns, rows)
-    _reasons(problems, console)
+        print_table(console, "Compiled, not run: from the machine code", columns, rows)
+    reasons(problems, console)
 
 
 def _count(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _reasons(items: Iterable[tuple[str, str, str]], console: Console) -> None:
+def reasons(items: Iterable[tuple[str, str, str]], console: Console) -> None:
     """(label, status, reason) of everything that is not ok; equal reasons in one line."""
     lines: dict[str, list[str]] = {}
     for label, status, reason in items:
@@ -353,7 +353,7 @@ def compare_table(
         columns = [Column("verdict"), Column("problem", flexible=True), Column("competitor", flexible=True)]
         headers = ("base", "candidate", "ratio (95 %)", *(("p",) if wide else ()))
         columns += [Column(header, right=True) for header in headers]
-        _print_table(console, "Candidate against base (ratio above 1: slower now)", columns, rows)
+        print_table(console, "Candidate against base (ratio above 1: slower now)", columns, rows)
     for cell in shown:
         if cell.verdict in ERRORS | {Verdict.SUSPECT_SLOWER}:
             changed = f" (changed: {', '.join(cell.changed)})" if cell.changed else ""

@@ -80,13 +80,25 @@ def compile_all(lab: Lab, impl: Impl, problem: Problem, archs: Sequence[str] = A
     return record
 
 
+# Sizes for which the default config is the one that large problems use, by the dimensions an operator has.
+LARGE: tuple[dict[str, int], ...] = (
+    {"b": 4, "h": 16, "sq": 4096, "d": 128},
+    {"m": 4096, "n": 4096, "k": 4096},
+    {"m": 8192, "n": 4096},
+)
+
+
 def compile_problem(op_name: str, precision: str) -> Problem:
-    """A size for which the default config is the one that large problems use."""
-    sizes = {
-        "gemm": f"gemm[m=4096,n=4096,k=4096{',transpose=nt' if precision == 'fp8' else ''},{precision}]",
-        "attention": f"attention[b=4,h=16,sq=4096,d=128,causal,{precision}]",
-    }
-    return registry.problem(sizes.get(op_name, f"{op_name}[m=8192,n=4096,{precision}]"))
+    """A large problem of any operator; one whose dimensions we have no sizes for has its own small one."""
+    op = registry.op(op_name)
+    needed = set(op.dims) - set(op.defaults)
+    sizes = next((s for s in LARGE if set(s) == needed), None)
+    if sizes is None:
+        return registry.problem(op.small(precision)[0])
+    flags = {"causal": "1"} if "causal" in op.flags else {}
+    if precision == "fp8" and "transpose" in op.flags:
+        flags["transpose"] = "nt"
+    return registry.problem(Problem.make(op_name, precision, flags, **sizes))
 
 
 def gather(
