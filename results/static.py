@@ -221,7 +221,7 @@ def cells(row: Row) -> list[str]:
         return [*who, "", "", "", str(row["status"]), "", row["toolchain"], row["source_hash"][:8]]
     shared, share = row["shared_bytes"], row["occupancy"]
     figures = ["" if row[name] is None else str(row[name]) for name in ("registers", "spill_bytes")]
-    held = "" if share is None else f"{share:.0%}, {row['blocks_per_sm']} by {row['occupancy_limit']}"
+    held = "" if share is None else f"{share * 100:.3g}%, {row['blocks_per_sm']} by {row['occupancy_limit']}"
     figures += ["" if shared is None else f"{shared / 1024:.1f}", held, _names(row) or "no"]
     return [*who, *figures, row["toolchain"], row["source_hash"][:8]]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from rooftune.core import UsageError
 
@@ -60,6 +61,7 @@ class Occupancy:
     limit: str
 
 
+@cache
 def multiprocessor(arch: str) -> Multiprocessor:
     """Limits of an architecture such as `sm_90a`.
 
