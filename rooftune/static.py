@@ -188,6 +188,10 @@ class Cache:
         """The outcome under a key, if there is one."""
         return self._known.get(key)
 
+    def compiled(self) -> bool:
+        """Whether anything of today's source and toolchain is known to compile."""
+        return any(found.get("status") == Status.OK for found in self._known.values())
+
     def put(self, key: str, found: Row) -> None:
         """Keep an outcome; the first of a new source pushes out files of old ones."""
         fresh = not self._log.path.exists()
