@@ -131,6 +131,19 @@ def parser() -> argparse.ArgumentParser:
     static.add_argument("--save", metavar="FILE", help="write a baseline")
     static.add_argument("--baseline", metavar="FILE", help="exit 1: spills, less occupancy, tensor cores lost")
     _add_output_options(static, ("json", "csv", "md"))
+    campaign = verb("campaign", "everything a fresh device can tell in a given time; resumes; fits in 16 MiB")
+    campaign.add_argument("what", nargs="*", metavar="OP|PROBLEM", help="operators (all), or softmax[m=64,n=512]")
+    campaign.add_argument("--budget", default="9m", help="of the whole: 9m, 300s")
+    campaign.add_argument("--out", required=True, metavar="DIR", help="a folder; the same one goes on where it ended")
+    campaign.add_argument(
+        "--precision", "--dtype", default="", help="in order of value (a GPU: bf16,fp8,int8; else fp32)"
+    )
+    campaign.add_argument("--only", default="", help="competitors, by name: torch,triton")
+    campaign.add_argument("--skip", default="", help="competitors to leave out")
+    campaign.add_argument("--load", action="append", default=[], metavar="FILE", help="a kernel file of your own")
+    campaign.add_argument("--seed", type=int, default=0, help="of data and order")
+    _add_device_options(campaign)
+    _add_output_options(campaign)
     for each in verbs.choices.values():
         _environment_defaults(each)
     return top

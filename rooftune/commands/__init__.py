@@ -28,4 +28,5 @@ VERBS: dict[str, Callable[[argparse.Namespace], ExitCode]] = {
     "compare": _lazy("judge", "compare"),
     "check": _lazy("judge", "check"),
     "static": _lazy("static", "static_verb"),
+    "campaign": _lazy("campaign", "campaign"),
 }
