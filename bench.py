@@ -53,8 +53,8 @@ def _add_device_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--threads", type=int, default=None, help="CPU threads of every competitor")
 
 
-def _add_output_options(verb: argparse.ArgumentParser) -> None:
-    for form in ("json", "csv", "md", "junit"):
+def _add_output_options(verb: argparse.ArgumentParser, forms: Sequence[str] = ("json", "csv", "md", "junit")) -> None:
+    for form in forms:
         verb.add_argument(f"--{form}", nargs="?", const="-", metavar="FILE", help=f"{form} to FILE or stdout")
     verb.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
@@ -123,6 +123,28 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--format", choices=("auto", "text", "github"), default="auto")
     _add_device_options(check)
     _add_output_options(check)
+    static = verb("static", "registers, spills, occupancy and tensor-core instructions, no GPU needed; exit 1 if worse")
+    static.add_argument("what", nargs="*", metavar="OP|IMPL|PROBLEM", help="gemm, gemm/triton, softmax[m=64,n=512]")
+    static.add_argument("--arch", default="", help="sm_80,sm_90a,sm_100a,sm_120a (all of them)")
+    static.add_argument("--precision", "--dtype", default="", help="fp32,bf16,... (default: all)")
+    static.add_argument("--configs", default="default", help="default, all, or how many of each kernel")
+    static.add_argument("--load", action="append", default=[], metavar="FILE", help="a kernel file of your own")
+    static.add_argument("--save", metavar="FILE", help="write a baseline")
+    static.add_argument("--baseline", metavar="FILE", help="exit 1: spills, less occupancy, tensor cores lost")
+    _add_output_options(static, ("json", "csv", "md"))
+    campaign = verb("campaign", "everything a fresh device can tell in a given time; resumes; fits in 16 MiB")
+    campaign.add_argument("what", nargs="*", metavar="OP|PROBLEM", help="operators (all), or softmax[m=64,n=512]")
+    campaign.add_argument("--budget", default="9m", help="of the whole: 9m, 300s")
+    campaign.add_argument("--out", required=True, metavar="DIR", help="a folder; the same one goes on where it ended")
+    campaign.add_argument(
+        "--precision", "--dtype", default="", help="in order of value (a GPU: bf16,fp8,int8; else fp32)"
+    )
+    campaign.add_argument("--only", default="", help="competitors, by name: torch,triton")
+    campaign.add_argument("--skip", default="", help="competitors to leave out")
+    campaign.add_argument("--load", action="append", default=[], metavar="FILE", help="a kernel file of your own")
+    campaign.add_argument("--seed", type=int, default=0, help="of data and order")
+    _add_device_options(campaign)
+    _add_output_options(campaign)
     for each in verbs.choices.values():
         _environment_defaults(each)
     doctor.set_defaults(variables=lambda: _variables(verbs.choices))

@@ -22,7 +22,7 @@ from rooftune.results.store import seal
 COLUMNS = (
     *("problem", "op", "shape", "precision", "impl", "config", "default", "status", "reason", "evidence"),
     *("time_s", "time_lo_s", "time_hi_s", "ratio_to_torch", "ratio_lo", "ratio_hi", "tie", "tflops", "gbps", "roof"),
-    *("rel_fro", "max_error", "joules", "energy_method", "device", "run", "id"),
+    *("rel_fro", "max_error", "joules", "energy_method", "device", "run", "id", "source_hash"),
 )
 MAX_ANNOTATIONS = 10  # GitHub shows this many of a level a step
 MAX_SUMMARY_BYTES = 1000 * 1024  # GitHub drops a step summary above 1,024 KiB
@@ -72,7 +72,7 @@ def _cell(text: object) -> str:
     return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
     """A GitHub table; columns named in `right` are aligned right."""
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join("--:" if h in right else ":--" for h in header) + "|"]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
@@ -92,12 +92,13 @@ def to_markdown(records: Iterable[Record]) -> str:
     if measured := by_evidence.get(Evidence.MEASURED):
         header = ("problem", "competitor", "status", "time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")
         rows = [_measured_row(r) for r in measured]
-        parts.append(_markdown(header, rows, ("time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")))
+        parts.append(markdown(header, rows, ("time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")))
     for evidence in (Evidence.EMULATED, Evidence.COMPILED):
         if found := by_evidence.get(evidence):
-            header = ("problem", "competitor", "status", *(("error",) if evidence == Evidence.EMULATED else ()), "note")
+            error = ("error",) if evidence == Evidence.EMULATED else ()
+            header = ("problem", "competitor", "source", "status", *error, "note")
             rows = [_unmeasured_row(r) for r in found]
-            parts.append(f"{str(evidence).capitalize()}, never timed:\n\n{_markdown(header, rows)}")
+            parts.append(f"{str(evidence).capitalize()}, not run on hardware:\n\n{markdown(header, rows)}")
     return "\n".join(parts)
 
 
@@ -122,17 +123,18 @@ def _measured_row(record: Record) -> list[str]:
 
 
 def _unmeasured_row(record: Record) -> list[str]:
+    who = [record.problem, record.cell[1], record.source_hash[:8], str(record.status)]
     if record.evidence == Evidence.EMULATED:
         rel_fro = (record.error or {}).get("rel_fro")
         error = "" if rel_fro is None else f"{rel_fro:.1e}"
-        return [record.problem, record.cell[1], str(record.status), error, record.reason]
+        return [*who, error, record.reason]
     notes = [
         f"{row.get('arch')}: {row.get('registers')} registers, {row.get('spill_bytes')} B spilled, "
         f"{', '.join(row.get('tensor_core') or ()) or 'no tensor core'}"
         for row in record.resources or ()
         if row.get("status", Status.OK) == Status.OK
     ]
-    return [record.problem, record.cell[1], str(record.status), record.reason or "; ".join(notes)]
+    return [*who, record.reason or "; ".join(notes)]
 
 
 # --- continuous integration ----------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def step_summary(cells: Sequence[Cell], margin: float = 0.005, same: float = 0.0
     while True:
         rows = [(c.verdict, c.problem, c.impl, _finding(c), ", ".join(c.changed)) for c in shown[:count]]
         cut = f"\nThe worst {count} of {len(shown)} rows are shown.\n" if count < len(shown) else ""
-        table = _markdown(("verdict", "problem", "competitor", "finding", "changed"), rows) if rows else ""
+        table = markdown(("verdict", "problem", "competitor", "finding", "changed"), rows) if rows else ""
         text = f"### rooftune\n\n{table}{cut}\n{notes}\n"
         if len(text.encode("utf-8", "replace")) <= MAX_SUMMARY_BYTES:
             return text

@@ -131,7 +131,7 @@ def _shorten(text: str, width: int, gap: str) -> str:
     return text[: keep - keep // 2] + gap + text[len(text) - keep // 2 :]
 
 
-def _print_table(
+def print_table(
     console: Console, title: str, columns: Sequence[Column], rows: Sequence[tuple[Sequence[str], str]]
 ) -> None:
     """A title line and the rows (cells, style). Only flexible columns are cut, the widest first."""
@@ -186,15 +186,28 @@ def grouped(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return groups
 
 
-def race_table(records: Iterable[Record], console: Console, bounds: Mapping[str, str] | None = None) -> None:
+def race_table(
+    records: Iterable[Record],
+    console: Console,
+    bounds: Mapping[str, str] | None = None,
+    standing: Mapping[str, str] | None = None,
+) -> None:
     """One table a problem, of measured results only: fastest first; who was wrong or failed below, with the
-    reason; who was skipped in the lines under it. `bounds`: operator -> "compute" or "memory"."""
+    reason; who was skipped in the lines under it. `bounds`: operator -> "compute" or "memory"; `standing`:
+    competitor -> its best evidence on record, said of those that were skipped."""
     measured = [r for r in records if r.evidence == Evidence.MEASURED]
     for (device, problem), group in grouped(measured).items():
-        _race(group, console, problem, device, bounds)
+        _race(group, console, problem, device, bounds, standing or {})
 
 
-def _race(group: list[Record], console: Console, problem: str, device: str, bounds: Mapping[str, str] | None) -> None:
+def _race(
+    group: list[Record],
+    console: Console,
+    problem: str,
+    device: str,
+    bounds: Mapping[str, str] | None,
+    standing: Mapping[str, str],
+) -> None:
     wide, unit = console.width >= WIDE, unit_of(group, bounds)
     timed = sorted((r for r in group if r.time_s is not None), key=lambda r: r.time_s or 0.0)
     lost = [r for r in group if r.time_s is None and r.status != Status.SKIPPED]
@@ -224,19 +237,27 @@ def _race(group: list[Record], console: Console, problem: str, device: str, boun
         rows.append((row, "red"))
     if rows:
         title = " · ".join(part for part in (problem, device, _regime(timed)) if part)
-        _print_table(console, title, columns, rows)
+        print_table(console, title, columns, rows)
     for record in lost:
         _say(console, f"{name_of(record)}: {record.status}: {record.reason or 'no reason given'}", "red")
-    _notes(group, timed, tied, console, problem)
+    _notes(group, timed, tied, console, problem, standing)
     console.print()
 
 
-def _notes(group: list[Record], timed: list[Record], tied: int, console: Console, problem: str) -> None:
+def _notes(
+    group: list[Record],
+    timed: list[Record],
+    tied: int,
+    console: Console,
+    problem: str,
+    standing: Mapping[str, str],
+) -> None:
     """Who was skipped and why; what the marks mean; why a column is empty."""
     skipped: dict[str, list[str]] = {}
     for record in group:
         if record.status == Status.SKIPPED:
-            skipped.setdefault(record.reason or "no reason given", []).append(name_of(record))
+            known = f" [{standing[record.impl]}]" if record.impl in standing else ""
+            skipped.setdefault(record.reason or "no reason given", []).append(name_of(record) + known)
     if not timed:
         _say(console, f"{problem}: nothing was timed")
     elif tied > 1:
@@ -293,10 +314,15 @@ def _emulated(records: list[Record], console: Console) -> None:
             mine = sorted((r for r in ran if r.impl == impl), key=lambda r: r.status != Status.OK)
             shown = {r.precision: f"{r.status} {_error(r)}".strip() for r in mine}  # the last, so the worst one
             style = "red" if mine[-1].status != Status.OK else ""
-            rows.append(([impl, *(shown.get(p, "") for p in precisions)], style))
-        columns = [Column("competitor", flexible=True), *(Column(p) for p in precisions)]
-        _print_table(console, "Emulated on a CPU: right or wrong (relative error), never a time", columns, rows)
-    _reasons(((f"{r.impl} {r.precision}", r.status, r.reason) for r in records), console)
+            rows.append(([impl, *(shown.get(p, "") for p in precisions), mine[-1].source_hash[:8]], style))
+        columns = [Column("competitor", flexible=True), *(Column(p) for p in precisions), Column("source")]
+        print_table(
+            console,
+            "Emulated on a CPU, not run on hardware: right or wrong (relative error), never a time",
+            columns,
+            rows,
+        )
+    reasons(((f"{r.impl} {r.precision}", r.status, r.reason) for r in records), console)
     if records:
         console.print()
 
@@ -304,29 +330,33 @@ def _emulated(records: list[Record], console: Console) -> None:
 def _compiled(records: list[Record], console: Console) -> None:
     rows: list[tuple[Sequence[str], str]] = []
     problems = [(f"{r.impl} {r.precision}", r.status, r.reason) for r in records if not r.resources]
+    compilers: dict[str, None] = {}
     for record, found in ((r, row) for r in records for row in r.resources or ()):
-        who = [record.impl, record.precision, str(found.get("arch", ""))]
+        who, source = [record.impl, record.precision, str(found.get("arch", ""))], record.source_hash[:8]
         if found.get("status", Status.OK) != Status.OK:
-            rows.append(([*who, "", "", "", str(found.get("status")).partition("(")[0], ""], "red"))
+            rows.append(([*who, "", "", "", str(found.get("status")).partition("(")[0], source], "red"))
             problems.append((f"{who[0]} {who[1]} {who[2]}", str(found.get("status")), str(found.get("reason") or "")))
             continue
         shared, spills = found.get("shared_bytes"), found.get("spill_bytes")
         figures = [_count(found.get("registers")), _count(spills), "" if shared is None else f"{shared / 1024:.1f}"]
         units = ", ".join(found.get("tensor_core") or ()) or "no"
-        rows.append(([*who, *figures, units, str(found.get("toolchain", ""))], "yellow" if spills else ""))
+        compilers |= {str(found["toolchain"]): None} if found.get("toolchain") else {}
+        rows.append(([*who, *figures, units, source], "yellow" if spills else ""))
     if rows:
         columns = [Column("competitor"), Column("precision"), Column("arch")]
         columns += [Column(header, right=True) for header in ("registers", "spills B", "shared KiB")]
-        columns += [Column("tensor core", flexible=True), Column("toolchain", flexible=True)]
-        _print_table(console, "Compiled, not run: from the machine code", columns, rows)
-    _reasons(problems, console)
+        columns += [Column("tensor core", flexible=True), Column("source")]
+        print_table(console, "Compiled, not run on hardware: from the machine code", columns, rows)
+    if compilers:
+        _say(console, f"compiled by: {'; '.join(compilers)}", "dim")
+    reasons(problems, console)
 
 
 def _count(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _reasons(items: Iterable[tuple[str, str, str]], console: Console) -> None:
+def reasons(items: Iterable[tuple[str, str, str]], console: Console) -> None:
     """(label, status, reason) of everything that is not ok; equal reasons in one line."""
     lines: dict[str, list[str]] = {}
     for label, status, reason in items:
@@ -354,7 +384,7 @@ def compare_table(
         columns = [Column("verdict"), Column("problem", flexible=True), Column("competitor", flexible=True)]
         headers = ("base", "candidate", "ratio (95 %)", *(("p",) if wide else ()))
         columns += [Column(header, right=True) for header in headers]
-        _print_table(console, "Candidate against base (ratio above 1: slower now)", columns, rows)
+        print_table(console, "Candidate against base (ratio above 1: slower now)", columns, rows)
     for cell in shown:
         if cell.verdict in ERRORS | {Verdict.SUSPECT_SLOWER}:
             changed = f" (changed: {', '.join(cell.changed)})" if cell.changed else ""

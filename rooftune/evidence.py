@@ -7,19 +7,104 @@ and reads registers, spills, shared memory and tensor-core instructions from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 from rooftune import registry
 from rooftune.core import Config, Evidence, Problem, Status, UsageError
 from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
+from rooftune.results import store
 from rooftune.results.record import Record
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 COMPILE_S = 180.0
 EMULATE_S = 600.0
+READ_BYTES = 16 * 2**20  # of stored runs that are looked at for the best evidence; the newest come first
 Event = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The best evidence on record for a competitor. `stale`: it is of another source than today's.
+
+    `kinds` are all kinds there are for that source, the best first; empty if there is nothing. `ever`: some source
+    of it, today's or an older one, was measured.
+    """
+
+    kinds: tuple[Evidence, ...] = ()
+    device: str = ""
+    source_hash: str = ""
+    stale: bool = False
+    ever: bool = False
+
+    @property
+    def on_hardware(self) -> bool:
+        """Ran natively, from today's source."""
+        return Evidence.MEASURED in self.kinds and not self.stale
+
+    def __str__(self) -> str:
+        if not self.kinds:
+            return "nothing on record"
+        if self.kinds[0] == Evidence.MEASURED:
+            said = f"measured on {self.device or 'an unnamed device'}"
+        else:
+            never = "not run on hardware since it changed" if self.ever else "never run on hardware"
+            said = f"{' and '.join(self.kinds)}, {never}"
+        return (
+            f"{'STALE: ' if self.stale else ''}{said} ({'older ' if self.stale else ''}source {self.source_hash[:8]})"
+        )
+
+
+def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict[str, Standing]:
+    """The standing of each competitor: from stored runs (newest first, then the committed ones), and from what
+    `static` has compiled of today's source. Today's source always goes before an older one."""
+    found: dict[str, dict[str, dict[Evidence, str]]] = {}  # competitor -> source -> kind -> device
+    paths = [*store.list_runs(), *store.list_runs(store.REFERENCE)] if runs is None else list(runs)
+    left = READ_BYTES
+    for path in paths:
+        left -= path.stat().st_size
+        if left < 0:
+            break
+        for line in store.Log(path).read()[0]:
+            if line.get("kind") == "result" and line.get("status") == Status.OK and line.get("source_hash"):
+                kinds = found.setdefault(str(line.get("impl")), {}).setdefault(str(line["source_hash"]), {})
+                kinds.setdefault(Evidence(line["evidence"]), str((line.get("device") or {}).get("name") or ""))
+    return {impl.key: _standing(impl, found.get(impl.key, {})) for impl in impls}
+
+
+def _standing(impl: Impl, sources: dict[str, dict[Evidence, str]]) -> Standing:
+    from rooftune import static
+
+    today = dict(sources.get(impl.source_hash, {}))
+    if impl.compiles and Evidence.COMPILED not in today and static.Cache(impl).compiled():
+        today[Evidence.COMPILED] = ""
+    order = list(Evidence)
+    ever = any(Evidence.MEASURED in kinds for kinds in sources.values())
+    if today:
+        kinds = tuple(sorted(today, key=order.index))
+        return Standing(kinds, today.get(Evidence.MEASURED, ""), impl.source_hash, ever=ever)
+    best = min(sources.items(), key=lambda s: min(map(order.index, s[1])), default=None)
+    if best is None:
+        return Standing()
+    kinds = tuple(sorted(best[1], key=order.index))
+    return Standing(kinds, best[1].get(Evidence.MEASURED, ""), best[0], True, ever)
+
+
+def stale(records: Iterable[Record]) -> dict[str, str]:
+    """Competitor -> source hash, of records that are of another source than today's, or of a file that is gone."""
+    found: dict[str, str] = {}
+    for record in records:
+        if record.source_hash and record.impl not in found:
+            try:
+                today = registry.impl(record.impl).source_hash
+            except UsageError:
+                today = ""
+            if record.source_hash != today:
+                found[record.impl] = record.source_hash
+    return found
 
 
 def _record(impl: Impl, problem: Problem, config: Config, evidence: Evidence, reply: Reply) -> Record:
@@ -80,13 +165,25 @@ def compile_all(lab: Lab, impl: Impl, problem: Problem, archs: Sequence[str] = A
     return record
 
 
+# Sizes for which the default config is the one that large problems use, by the dimensions an operator has.
+LARGE: tuple[dict[str, int], ...] = (
+    {"b": 4, "h": 16, "sq": 4096, "d": 128},
+    {"m": 4096, "n": 4096, "k": 4096},
+    {"m": 8192, "n": 4096},
+)
+
+
 def compile_problem(op_name: str, precision: str) -> Problem:
-    """A size for which the default config is the one that large problems use."""
-    sizes = {
-        "gemm": f"gemm[m=4096,n=4096,k=4096{',transpose=nt' if precision == 'fp8' else ''},{precision}]",
-        "attention": f"attention[b=4,h=16,sq=4096,d=128,causal,{precision}]",
-    }
-    return registry.problem(sizes.get(op_name, f"{op_name}[m=8192,n=4096,{precision}]"))
+    """A large problem of any operator; one whose dimensions we have no sizes for has its own small one."""
+    op = registry.op(op_name)
+    needed = set(op.dims) - set(op.defaults)
+    sizes = next((s for s in LARGE if set(s) == needed), None)
+    if sizes is None:
+        return registry.problem(op.small(precision)[0])
+    flags = {"causal": "1"} if "causal" in op.flags else {}
+    if precision == "fp8" and "transpose" in op.flags:
+        flags["transpose"] = "nt"
+    return registry.problem(Problem.make(op_name, precision, flags, **sizes))
 
 
 def gather(

@@ -45,6 +45,10 @@ class WorkerDied(Exception):
         self.status = status
 
 
+class OutOfTime(Unavailable):
+    """The plan's end came before an answer: nobody's fault, so it is no outcome of the candidate."""
+
+
 @dataclass
 class Reply:
     """What became of a request: a status of the candidate, a reason, and the data."""
@@ -205,13 +209,17 @@ def _thread_env(threads: int) -> dict[str, str]:
 class Lab:
     """Workers for one device. Use as a context manager: leaving it ends every child.
 
-    `device` is torch's name for it (`cpu`, `cuda:0`; ROCm is called cuda there), `kind` is ours.
+    `device` is torch's name for it (`cpu`, `cuda:0`; ROCm is called cuda there), `kind` is ours. A plan with
+    an end sets `patience_s`, the longest that any one request may take, and `until`, the (monotonic) moment
+    after which a request raises `OutOfTime`.
     """
 
     def __init__(self, device: str = "cpu", threads: int = 1, kind: str = "") -> None:
         self.device, self.threads = device, threads
         self.kind = kind or device.partition(":")[0]
         self._workers: dict[tuple[str, str], Worker] = {}
+        self.patience_s = math.inf
+        self.until = math.inf
         self._start_failures = 0
         self._lock_path = _lock_path(device)
 
@@ -240,7 +248,10 @@ class Lab:
         while True:
             started = Worker(impl, mode, device, self.threads if mode == "native" else 1)
             try:
-                started.request("hello", 60.0)
+                self._request(started, "hello", 60.0)
+            except OutOfTime:
+                started.close()
+                raise
             except WorkerDied as death:
                 self._start_failures += 1
                 if self._start_failures >= START_FAILURES:
@@ -256,11 +267,27 @@ class Lab:
         if worker is not None:
             worker.close()
 
+    def _request(self, worker: Worker, verb: str, deadline_s: float, **arguments: Any) -> Any:
+        """A worker's answer within its deadline and the plan's.
+
+        Raises:
+            WorkerDied: as `Worker.request`. OutOfTime: the plan ended first.
+        """
+        allowed, left = min(deadline_s, self.patience_s), self.until - time.monotonic()
+        if left <= 0:
+            raise OutOfTime("the plan's time is over")
+        try:
+            return worker.request(verb, min(allowed, left), **arguments)
+        except WorkerDied as death:
+            if death.status == Status.TIMEOUT and left < allowed:
+                raise OutOfTime("the plan's time ended during a request") from death
+            raise
+
     def ask(self, impl: Impl, verb: str, deadline_s: float, mode: str = "native", **arguments: Any) -> Reply:
         """A request about a competitor; a dead worker becomes the reply's status."""
         name = impl.module if impl.module.startswith("file:") else impl.key
         try:
-            data = self.worker(impl, mode).request(verb, deadline_s, impl=name, **arguments)
+            data = self._request(self.worker(impl, mode), verb, deadline_s, impl=name, **arguments)
         except WorkerDied as death:
             self.retire(impl, mode)
             return Reply(death.status, str(death))
@@ -291,7 +318,7 @@ class Lab:
         if worker is None or not worker.alive:
             return Reply(Status.FAILED_CRASH, "its worker is gone")
         try:
-            data = worker.request("time", deadline_s, handle=handle, seed=seed, **options)
+            data = self._request(worker, "time", deadline_s, handle=handle, seed=seed, **options)
         except WorkerDied as death:
             self.retire(impl)
             return Reply(death.status, str(death))
@@ -305,10 +332,10 @@ class Lab:
             return Reply(Status.FAILED_CRASH, f"protocol: samples are {str(samples)[:60]}")
         return reply
 
-    def measure_energy(self, impl: Impl, handle: int, seed: int, deadline_s: float = 300.0) -> Reply:
-        """Joules per call; `data["energy"]` is an `Energy` as it prints itself."""
+    def measure_energy(self, impl: Impl, handle: int, seed: int, deadline_s: float = 300.0, **how: Any) -> Reply:
+        """Joules per call; `data["energy"]` is an `Energy` as it prints itself. `how`: as `metering.measure`."""
         try:
-            data = self.worker(impl).request("energy", deadline_s, handle=handle, seed=seed)
+            data = self._request(self.worker(impl), "energy", deadline_s, handle=handle, seed=seed, **how)
         except WorkerDied as death:
             self.retire(impl)
             return Reply(death.status, str(death))
@@ -323,7 +350,7 @@ class Lab:
 
     def call(self, function: str, deadline_s: float = 120.0, **arguments: Any) -> Any:
         """Run a function of rooftune (`rooftune.probe:ceilings`) in a worker that belongs to no competitor."""
-        return self.worker(None).request("call", deadline_s, function=function, **arguments)
+        return self._request(self.worker(None), "call", deadline_s, function=function, **arguments)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -36,7 +36,14 @@ def versions() -> dict[str, str]:
 class Session:
     """Context manager around a Lab and a run file. Every record is on disk as soon as it exists."""
 
-    def __init__(self, name: str, device_name: str = "cpu", threads: int | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        device_name: str = "cpu",
+        threads: int | None = None,
+        quiet: bool = False,
+        path: Path | None = None,
+    ) -> None:
         self.device = device.find(device_name)
         self.threads = threads or (self.device.cores if self.device.kind == "cpu" else 1)
         if self.device.kind == "cpu" and self.threads > self.device.cores:
@@ -45,7 +52,7 @@ class Session:
         identity = device.identity(self.fingerprint)
         self.about: dict[str, Any] = {"name": self.device.name, "kind": self.device.kind, "identity": identity}
         self.versions = versions()
-        self.path: Path = store.new_run_path(name)
+        self.path: Path = path or store.new_run_path(name)
         self.log = store.Log(self.path)
         self.lab = Lab(self.device.torch, self.threads, self.device.kind)
         self.quiet = quiet
@@ -83,6 +90,10 @@ class Session:
             assert self._ceilings is not None
             self.log.append({"kind": "ceilings", "schema": SCHEMA, "run": self.run, "ceilings": self._ceilings})
         return self._ceilings
+
+    def know(self, ceilings: dict[str, Any]) -> None:
+        """Ceilings that an earlier sitting at this device measured: they are not measured again."""
+        self._ceilings = ceilings
 
     def keep(self, records: Sequence[Record]) -> None:
         """Stamp and store."""

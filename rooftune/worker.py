@@ -179,8 +179,9 @@ class Session:
             return {"status": str(Status.WRONG), "reason": wrong}
         return {"status": str(Status.OK), "reason": "", **asdict(timing)}
 
-    def energy(self, handle: int, seed: int) -> dict[str, Any]:
-        """Joules per call from tick-aligned windows, or why there are none. Takes about a minute with a sensor."""
+    def energy(self, handle: int, seed: int, **how: Any) -> dict[str, Any]:
+        """Joules per call from tick-aligned windows, or why there are none. Takes about a minute with a sensor,
+        less with fewer `windows`; `how` as `metering.measure`."""
         from rooftune import device, metering, sensors
         from rooftune.energy import Energy
 
@@ -192,7 +193,7 @@ class Session:
         found.fill(seed)
         assert found.out is not None
         load = metering.load(found.run, [(found.out.tensor, *found.tensors)], self.device)
-        return {"energy": metering.measure(sensor, load).as_json()}
+        return {"energy": metering.measure(sensor, load, **how).as_json()}
 
     def release(self, handle: int) -> dict[str, Any]:
         """Free a candidate's tensors."""

@@ -27,4 +27,6 @@ VERBS: dict[str, Callable[[argparse.Namespace], ExitCode]] = {
     "block": _lazy("block", "block"),
     "compare": _lazy("judge", "compare"),
     "check": _lazy("judge", "check"),
+    "static": _lazy("static", "static_verb"),
+    "campaign": _lazy("campaign", "campaign"),
 }

@@ -154,7 +154,7 @@ def check_targets(chosen: argparse.Namespace) -> None:
     Raises:
         UsageError: its folder is missing or may not be written.
     """
-    for form in ("json", "csv", "md", "junit"):
+    for form in ("json", "csv", "md", "junit", "save"):
         target = getattr(chosen, form, None)
         if target and target != "-":
             folder = Path(target).resolve().parent

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 
-from rooftune import device, registry
+from rooftune import device, evidence, registry
 from rooftune.core import ExitCode
 
 HINTS = {
@@ -36,8 +36,10 @@ def overview(chosen: argparse.Namespace) -> ExitCode:
         out.print(f"no {kind}: {why}", style="dim")
     out.print()
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("operator", "competitor", "precisions", "here", "what it is"):
+    for column in ("operator", "competitor", "precisions", "here", "best evidence on record", "what it is"):
         table.add_column(column, overflow="fold")
+    every = [impl for name in registry.op_names() for impl in registry.impls(name)]
+    standing = evidence.on_record(every)
     missing: set[str] = set()
     for name in registry.op_names():
         first = True
@@ -52,7 +54,8 @@ def overview(chosen: argparse.Namespace) -> ExitCode:
             if impl.missing:
                 here = impl.missing
                 missing.update(p for p in impl.requires if p in impl.missing)
-            table.add_row(name if first else "", impl.name, " ".join(impl.precisions), here, impl.summary)
+            known = str(standing[impl.key])
+            table.add_row(name if first else "", impl.name, " ".join(impl.precisions), here, known, impl.summary)
             first = False
     out.print(table)
     out.print(f"\nsuites: {', '.join(catalogue.names())}")

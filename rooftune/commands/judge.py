@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rooftune import race, registry
+from rooftune import evidence, race, registry
 from rooftune.commands import common
 from rooftune.commands.run import measure
 from rooftune.core import Evidence, ExitCode, Problem, Status, UsageError
@@ -26,7 +26,12 @@ def compare(chosen: argparse.Namespace) -> ExitCode:
     common.check_targets(chosen)
     base, candidate = (store.load_run(store.resolve(text)) for text in (chosen.base, chosen.cand))
     cells = judge_runs(base, candidate)
-    report.compare_table(cells, common.console(chosen))
+    console = common.console(chosen)
+    report.compare_table(cells, console)
+    for name, records in (("base", base), ("candidate", candidate)):
+        for impl, source in evidence.stale(records).items():
+            text = f"  stale: the {name}'s {impl} is of source {source[:8]}, not of today's"
+            console.print(text, markup=False, style="yellow")
     _write_cells(chosen, cells)
     return gate(cells)
 

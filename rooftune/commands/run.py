@@ -70,6 +70,8 @@ def measure(
     ceilings = session.ceilings
     records = [] if records is None else records
     seen: set[Any] = set()
+    absent = [i for impls in field.values() for i in impls if session.device.kind not in i.devices]
+    standing = {key: str(found) for key, found in evidence.on_record(absent).items()}
     started = time.monotonic()
     for number, problem in enumerate(problems):
         eta = (
@@ -89,7 +91,7 @@ def measure(
         records += mine  # before they are stored: an interrupt in between must not lose them for --json
         session.keep(mine)
         session.clear()
-        report.race_table(mine, console)
+        report.race_table(mine, console, standing=standing)
     return records
 
 

@@ -16,6 +16,7 @@ from rooftune.results import export, report, store
 from rooftune.results.compare import Cell, Verdict
 from rooftune.results.record import Record
 
+SOURCE = "01234567"
 LONG = "attention[b=16,h=32,hk=8,sq=16384,sk=16384,d=128,causal,bf16]"
 
 
@@ -44,6 +45,7 @@ def record(name: str = "numba", time_s: float | None = 4.123e-4, **changes: Any)
         "error": {"rel_fro": 1.3e-3},
         "device": {"name": "Example 9000"},
         "regime": {"clock": "wall", "cache": "hot", "threads": 2},
+        "source_hash": "0123456789abcdef",
     }
     return Record(**(plain | timed | changes))
 
@@ -92,6 +94,8 @@ def test_race_table_at_100_columns() -> None:
     assert "bad: failed(compile): no such header" in text
     assert "no winner: these 2 cannot be told apart" in text
     assert "skipped (runs on cuda, not on cpu): triton, numba_cuda" in text
+    told = shown(RACE, standing={"softmax/triton": "compiled, never run on hardware (source 01234567)"})
+    assert "triton [compiled, never run on hardware (source 01234567)], numba_cuda" in told
     assert "Example 9000 · wall clock, hot cache, 2 threads, 10 rounds" in text
     assert all(len(line) <= 100 for line in text.splitlines() if "|" in line)
     assert "\x1b" not in text
@@ -201,14 +205,20 @@ def test_evidence_tables() -> None:
     out = io.StringIO()
     report.evidence_table(found, report.make_console(out, 100))
     text = out.getvalue()
-    assert row_of(text, "softmax/triton") == ["softmax/triton", "ok 1.3e-03", "wrong 1.3e-03"]  # the worst problem
+    assert row_of(text, "softmax/triton") == [
+        "softmax/triton",
+        "ok 1.3e-03",
+        "wrong 1.3e-03",
+        SOURCE,
+    ]  # the worst problem
     assert "softmax/triton bf16: wrong: error 3x" in text
     assert "softmax/numba_cuda bf16: skipped: not installed" in text
     table = [[c.strip() for c in line.split("|")] for line in text.splitlines() if "sm_" in line and "|" in line]
-    assert table[0][1:] == ["bf16", "sm_90a", "64", "0", "1.5", "HGMMA", ""]
-    assert table[1][1:] == ["bf16", "sm_80", "255", "16", "", "no", "ptxas 13.0"]
-    assert table[2][1:] == ["bf16", "sm_120a", "", "", "", "failed", ""]
+    assert table[0][1:] == ["bf16", "sm_90a", "64", "0", "1.5", "HGMMA", SOURCE]
+    assert table[1][1:] == ["bf16", "sm_80", "255", "16", "", "no", SOURCE]
+    assert table[2][1:] == ["bf16", "sm_120a", "", "", "", "failed", SOURCE]
     assert "softmax/triton bf16 sm_120a: failed(compile): too much shared memory" in text
+    assert "compiled by: ptxas 13.0" in text
     assert "softmax/late bf16: timeout: above 180 s" in text
     assert "measured" not in text
     empty = io.StringIO()

@@ -1,0 +1,204 @@
+"""The phases of a campaign that check and race. Each walks its steps while there is time, and leaves every outcome
+in the folder; what was finished there is not repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from rooftune import evidence, race, registry
+from rooftune.autotune import ranking
+from rooftune.commands.campaign_tune import best_config
+from rooftune.commands.campaign_work import Campaign
+from rooftune.core import Config, Evidence, Problem, Status, Unavailable, UsageError
+from rooftune.lab import OutOfTime, Reply
+from rooftune.registry import Impl
+from rooftune.results.record import Record
+
+RACE_ROUNDS, FINAL_ROUNDS = 6, 12
+FAVOURITES = 2  # configs of the analytic model that race beside a default
+AUTOTUNED = {"mode": "max-autotune-no-cudagraphs"}  # torch.compile's slow mode is an entrant of its own on a GPU
+
+
+def probe(work: Campaign) -> None:
+    """Ceilings: measured once, or read from the folder."""
+    if work.home.ceilings is not None:
+        work.session.know(work.home.ceilings)
+    try:
+        work.ceilings = work.home.ceilings = work.session.ceilings
+    except OutOfTime:
+        raise
+    except (Unavailable, UsageError) as error:  # no roof then, but times and ratios
+        work.home.finish("probe", "probe", "failed", reason=str(error))
+
+
+def check(work: Campaign) -> None:
+    """Every competitor on small problems, thoroughly, each in a process of its own; several at a time."""
+    wanted: dict[str, tuple[Impl, list[str]]] = {}
+    for problem in work.problems:
+        for impl in work.field[problem.op]:
+            if problem.precision in impl.precisions and not impl.baseline and not impl.per_shape:
+                precisions = wanted.setdefault(impl.module, (impl, []))[1]
+                if problem.precision not in precisions:
+                    precisions.append(problem.precision)
+    doubt = evidence.on_record(impl for impl, _ in wanted.values())
+    order = sorted(wanted.values(), key=lambda w: _uncertainty(doubt[w[0].key]), reverse=True)
+    stop, lost, lock = threading.Event(), threading.Event(), threading.Lock()
+    pool = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 2) // 2 + 1)))
+    tasks: set[Future[None]] = {pool.submit(_check, work, impl, asked, stop, lost, lock) for impl, asked in order}
+    try:
+        while tasks:
+            finished, tasks = wait(tasks, timeout=1.0, return_when=FIRST_COMPLETED)
+            for task in finished:
+                task.result()
+            if work.plan.left() <= 0:
+                stop.set()  # what has begun ends, within its patience
+    except BaseException:
+        lost.set()  # workers are ended from outside: what they then say is nobody's outcome
+        raise
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check(
+    work: Campaign,
+    impl: Impl,
+    precisions: Sequence[str],
+    stop: threading.Event,
+    lost: threading.Event,
+    lock: threading.Lock,
+) -> None:
+    for precision in precisions:
+        key = f"check {impl.key} {precision} {impl.source_hash}"
+        if work.home.done(key) or stop.is_set():
+            continue
+        work.session.say(f"check {impl.key} {precision}")
+        begin = time.monotonic()
+        small = registry.problem(registry.op(impl.op).small(precision)[0])
+        config: Config = {}
+        reply = work.session.lab.ask(impl, "space", 60.0, problem=str(small))
+        if reply.ok:
+            config = reply.data["default"]
+            reply = work.session.lab.prepare(impl, small, config, work.seed, thorough=True)
+        if lost.is_set():
+            return
+        with lock:
+            work.keep([_checked(impl, small, config, reply)])
+            about = {"impl": impl.key, "precision": precision, "source_hash": impl.source_hash}
+            spent_s = round(time.monotonic() - begin, 2)
+            work.home.finish(key, "check", str(reply.status), reason=reply.reason, spent_s=spent_s, **about)
+    work.session.lab.retire(impl)
+
+
+def first_race(work: Campaign) -> None:
+    """Defaults, the analytic favourites, and every torch call; few rounds, the most valuable problem first."""
+    for problem in work.problems:
+        impls = work.healthy(problem)
+        key = f"race {problem} {_digest(work.sources[i.key] for i in impls)}"
+        if work.home.done(key) or not work.room():
+            continue
+        extra = [*_favourites(work, problem, impls), *_autotuned(work, impls)]
+        _race(work, key, "race", problem, impls, extra, RACE_ROUNDS)
+
+
+def final(work: Campaign) -> None:
+    """Again with the best config of each competitor beside its default: more rounds, the numbers to carry home."""
+    for problem in work.problems:
+        extra = []
+        for impl in work.healthy(problem):
+            best = best_config(work, impl, problem)
+            if best is not None:
+                extra.append(race.Entrant(impl, best, False))
+        impls = work.healthy(problem)
+        configs = [f"{e.impl.key} {e.config}" for e in extra]
+        key = f"final {problem} {_digest([*(work.sources[i.key] for i in impls), *configs])}"
+        if impls and not work.home.done(key) and work.room():
+            _race(work, key, "final", problem, impls, [*extra, *_autotuned(work, impls)], FINAL_ROUNDS)
+
+
+def _race(
+    work: Campaign,
+    key: str,
+    phase: str,
+    problem: Problem,
+    impls: Sequence[Impl],
+    extra: list[race.Entrant],
+    rounds: int,
+) -> None:
+    begin = work.plan.clock()
+    try:
+        work.session.check_memory(problem, registry.op(problem.op).memory_bytes(problem))
+    except UsageError as error:
+        work.home.finish(key, phase, "skipped", problem=str(problem), reason=str(error))
+        return
+    options = race.Options(rounds=rounds, min_sample_s=1e-3, seed=work.seed, thorough=False)
+
+    def event(kind: str, text: str) -> None:
+        work.session.say(f"{phase} {text if kind == 'time' else f'{problem}: {kind} {text}'}")
+
+    records = race.race(work.session.lab, problem, impls, options, work.ceilings, extra, set(), event)
+    for record in records:
+        record.regime["phase"] = phase
+    work.keep(records)
+    for impl in impls:  # processes hold device memory, which the next problem may need
+        work.session.lab.retire(impl)
+    work.home.finish(key, phase, "ok", problem=str(problem), spent_s=round(work.took(begin), 2))
+
+
+def _favourites(work: Campaign, problem: Problem, impls: Sequence[Impl]) -> list[race.Entrant]:
+    """The configs that the analytic model puts first, where it knows the device and the axes."""
+    found: list[race.Entrant] = []
+    if work.gpu is None:
+        return found
+    for impl in impls:
+        if impl.baseline or impl.per_shape:
+            continue
+        try:
+            space = work.session.lab.space(impl, problem)
+        except UsageError:
+            continue  # the race says what is wrong with it
+        scores = ranking.prior(impl, problem, space["configs"], work.gpu)
+        if scores is not None:
+            order = sorted(range(len(scores)), key=scores.__getitem__)
+            best = [space["configs"][n] for n in order[: FAVOURITES + 1] if space["configs"][n] != space["default"]]
+            found += [race.Entrant(impl, config, False) for config in best[:FAVOURITES]]
+    return found
+
+
+def _autotuned(work: Campaign, impls: Sequence[Impl]) -> list[race.Entrant]:
+    """torch.compile with max-autotune is a call that a user could pick; on a CPU it takes minutes."""
+    if work.session.device.kind == "cpu":
+        return []
+    return [race.Entrant(impl, dict(AUTOTUNED), False) for impl in impls if impl.per_shape]
+
+
+def _uncertainty(standing: evidence.Standing) -> float:
+    """Less is known: checked earlier. Nothing, compiled, emulated, measured; an older source counts half a step."""
+    steps = {Evidence.MEASURED: 0.0, Evidence.EMULATED: 1.0, Evidence.COMPILED: 2.0}
+    return min((steps[k] for k in standing.kinds), default=3.0) + (0.5 if standing.stale else 0.0)
+
+
+def _checked(impl: Impl, problem: Problem, config: Config, reply: Reply) -> Record:
+    return Record(
+        problem=str(problem),
+        op=problem.op,
+        shape=problem.shape,
+        precision=problem.precision,
+        impl=impl.key,
+        config=config,
+        default=True,
+        status=reply.status,
+        reason=reply.reason,
+        error=reply.data.get("error"),
+        source_hash=impl.source_hash,
+        regime={"phase": "check"},
+    )
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

@@ -1,0 +1,90 @@
+"""What the phases of a campaign share: its problems, who is healthy, what was timed, and how long things took."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rooftune.autotune.ranking import Gpu
+from rooftune.commands.campaign_plan import Home, Plan
+from rooftune.core import Problem, Status
+from rooftune.registry import Impl
+from rooftune.results.record import Record
+from rooftune.session import Session
+
+LEAST_PATIENCE_S, MOST_PATIENCE_S = 30.0, 90.0
+
+
+@dataclasses.dataclass
+class Campaign:
+    """The state. `gpu` describes the device to the analytic model; None: it knows none of this kind."""
+
+    session: Session
+    home: Home
+    plan: Plan
+    problems: Sequence[Problem]
+    field: dict[str, list[Impl]]
+    seed: int
+    gpu: Gpu | None = None
+    ceilings: dict[str, Any] | None = None
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)  # competitor -> hash of today's source
+    _longest_s: dict[str, float] = dataclasses.field(default_factory=dict)  # phase -> its longest step so far
+
+    def __post_init__(self) -> None:
+        self.sources = {impl.key: impl.source_hash for impls in self.field.values() for impl in impls}
+
+    def patience_s(self, phase_s: float) -> float:
+        """The longest that one request of a phase may take: a third of it, so that a hung kernel leaves the rest."""
+        return min(MOST_PATIENCE_S, max(LEAST_PATIENCE_S, phase_s / 3))
+
+    def room(self) -> bool:
+        """Whether a step like the longest of this phase would end in time, or nearly."""
+        return self.plan.left() > 0.6 * self._longest_s.get(self.plan.phase, 0.0) and self.plan.left() > 0.5
+
+    def took(self, begin: float) -> float:
+        seconds = self.plan.clock() - begin
+        self._longest_s[self.plan.phase] = max(seconds, self._longest_s.get(self.plan.phase, 0.0))
+        return seconds
+
+    def keep(self, records: Iterable[Record]) -> None:
+        self.session.keep(self.home.compact(records))
+
+    def healthy(self, problem: Problem) -> list[Impl]:
+        """Competitors of a problem, without those whose check failed or hung in this precision."""
+        bad = {
+            (line["impl"], line["precision"])
+            for line in self.home.of("check")
+            if line["status"] not in (Status.OK, Status.SKIPPED)
+            and line["source_hash"] == self.sources.get(line["impl"])
+        }
+        return [
+            i
+            for i in self.field[problem.op]
+            if problem.precision in i.precisions and (i.key, problem.precision) not in bad
+        ]
+
+    def latest(self, problem: Problem) -> list[Record]:
+        """Today's sources in the last final race of a problem, or in its last first race."""
+        mine = [r for r in self.home.records if r.problem == str(problem) and r.source_hash == self.sources.get(r.impl)]
+        for phase in ("final", "race"):
+            newest: dict[str, Record] = {}
+            for record in mine:
+                if record.regime.get("phase") == phase:
+                    newest[f"{record.impl} {record.config}"] = record
+            if newest:
+                return list(newest.values())
+        return []
+
+    def is_torch(self, key: str) -> bool:
+        """Whether a competitor is a baseline, or torch's own compiler."""
+        found = next((i for i in self.field.get(key.partition("/")[0], ()) if i.key == key), None)
+        return found is not None and (found.baseline or found.per_shape)
+
+    def timed(self, problem: Problem) -> list[Record]:
+        """Times of today's sources on a problem."""
+        return [
+            r
+            for r in self.home.records
+            if r.problem == str(problem) and r.time_s is not None and r.source_hash == self.sources.get(r.impl)
+        ]

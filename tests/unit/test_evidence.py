@@ -1,0 +1,92 @@
+"""What is said of a competitor on record: the best evidence of today's source first, an older one only as stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rooftune import evidence, registry
+from rooftune.bench import main
+from rooftune.core import Evidence, ExitCode
+from rooftune.results import store
+from rooftune.results.record import Record
+
+TRITON, TORCH = registry.impl("softmax/triton"), registry.impl("softmax/torch")
+OLD = "f" * 16
+
+
+def record(impl: registry.Impl = TRITON, kind: str = "measured", source: str = "", status: str = "ok") -> Record:
+    made = Record(
+        problem="softmax[m=8,n=64,bf16]",
+        op="softmax",
+        shape="m=8,n=64",
+        precision="bf16",
+        impl=impl.key,
+        config={},
+        default=True,
+        status=status,
+        evidence=kind,
+        source_hash=source or impl.source_hash,
+    )
+    if kind == "measured":
+        made.device = {"name": "Example 9000"}
+        if status == "ok":
+            made.time_s, made.rounds = 1e-3, [[1e-3]] * 6
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROOFTUNE_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def standing(tmp_path: Path, *records: Record) -> evidence.Standing:
+    path = tmp_path / "run.jsonl"
+    for each in records:
+        store.Log(path).append(each.to_json())
+    return evidence.on_record([TRITON], [path] if records else [])["softmax/triton"]
+
+
+def test_nothing_on_record_is_said_so(tmp_path: Path) -> None:
+    assert str(standing(tmp_path)) == "nothing on record"
+    assert not standing(tmp_path, record(kind="emulated", status="wrong")).kinds
+
+
+def test_proof_is_not_called_a_run(tmp_path: Path) -> None:
+    found = standing(tmp_path, record(kind="compiled"), record(kind="emulated"))
+    assert found.kinds == (Evidence.EMULATED, Evidence.COMPILED)
+    assert not found.on_hardware
+    assert str(found) == f"emulated and compiled, never run on hardware (source {TRITON.source_hash[:8]})"
+
+
+def test_todays_proof_goes_before_an_older_run_which_is_not_forgotten(tmp_path: Path) -> None:
+    found = standing(tmp_path, record(source=OLD), record(kind="compiled"))
+    assert not found.stale
+    assert "not run on hardware since it changed" in str(found)
+
+
+def test_an_older_source_is_stale(tmp_path: Path) -> None:
+    found = standing(tmp_path, record(source=OLD), record(kind="emulated", source=OLD))
+    assert found.stale
+    assert not found.on_hardware
+    assert str(found) == "STALE: measured on Example 9000 (older source ffffffff)"
+    assert str(standing(tmp_path, record())).startswith("measured on Example 9000 (source ")
+
+
+def test_comparing_stored_runs_names_stale_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, source in (("a", OLD), ("b", "")):
+        store.Log(tmp_path / name).append(record(TORCH, source=source).to_json())
+    code = main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert code in (ExitCode.OK, ExitCode.INCONCLUSIVE)
+    out = capsys.readouterr().out
+    assert "stale: the base's softmax/torch is of source ffffffff" in out
+    assert "stale: the candidate" not in out
+
+
+def test_large_problems_of_every_operator_have_its_own_flags() -> None:
+    for name in registry.op_names():
+        for precision in registry.op(name).precisions:
+            made = evidence.compile_problem(name, precision)
+            assert registry.problem(str(made)) == made
+    assert evidence.compile_problem("gemm", "fp8").flag("transpose") == "nt"
