@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--budget", default="60s", help="per problem and competitor: 60s, 5m or 200 (configs)")
     tune.add_argument("--search", default="surrogate", help="surrogate, random, local, exhaustive, tpe")
     tune.add_argument("--simulate", action="append", default=[], metavar="FILE",
-                      help="replay the search on a journal, Kernel Tuner cache, T4 or .autotune.json; no device")  # fmt: skip
+                      help="replay the search on a recorded tuning (a journal, cache, T4); no device")  # fmt: skip
     tune.add_argument("--max-error", type=float, default=None, help="precisions compete below this error")
     best = verb("best", "what production should use for a problem, and why")
     best.add_argument("what", nargs="+", metavar="PROBLEM")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rooftune import device as devices
 from rooftune import registry
-from rooftune.autotune.runtime import Kernel, Layout, Place, keeping_settings, typed
+from rooftune.autotune.runtime import Kernel, Layout, Place, keeping_settings, same_threads, typed
 from rooftune.check import generator
 from rooftune.core import PRECISIONS, Config, Op, Problem, UsageError
 from rooftune.registry import Impl
@@ -37,7 +37,10 @@ def _build(problem: Problem, impl: Impl, config: Config | None, why: str) -> Ker
     for name, value in impl.env.get("native", {}).items():
         os.environ.setdefault(name, value)  # what its worker had; a setting of the user's own stays
     module = impl.load()
+    same_threads()
     chosen = dict(config) if config is not None else module.SPACE.default_for(problem)
+    if not module.SPACE.valid(chosen, problem):  # tuned for a neighbour, or with other rules than today's
+        raise UsageError(f"{chosen} breaks a rule of {impl.key} on this problem")
     if "torch" in impl.requires and len(impl.requires) == 1:  # a torch call: it sets what it needs globally
         products = problem.precision in ("fp32", "tf32") and registry.op(problem.op).bound == "compute"
         run = keeping_settings(lambda: module.build(problem, chosen), products)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,6 +109,17 @@ def typed(tensors: Sequence[tuple[Sequence[int], str]]) -> tuple[tuple[Any, Any]
     import torch
 
     return tuple((torch.Size(shape), getattr(torch, dtype)) for shape, dtype in tensors)
+
+
+def same_threads() -> None:
+    """Numba gets torch's number of CPU threads, in this thread; call it after a competitor is imported.
+
+    Its OpenMP layer sets the number for the whole process at every launch, so torch would be left with Numba's.
+    """
+    import torch
+
+    if (numba := sys.modules.get("numba")) is not None:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 # --- torch's global settings ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rooftune.autotune.runtime import Kernel, Layout, Place, keeping_settings, typed
+from rooftune.autotune.runtime import Kernel, Layout, Place, keeping_settings, same_threads, typed
 from rooftune.core import Problem, UsageError
 
 _kernels: dict[Any, Kernel] = {}
@@ -88,6 +88,7 @@ def _build(
     problem: Problem, what: dict[str, Any], config: Any, why: str, shapes: list[Any], output: Sequence[Any] | None
 ) -> Kernel:
     module = importlib.import_module("." + what["module"], __package__)
+    same_threads()
     chosen = dict(config) if config is not None else module.SPACE.default_for(problem)
     tensors = typed([*([] if output is None else [(tuple(output[1]), output[0])]), *shapes])
     if what["torch"]:
