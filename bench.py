@@ -93,11 +93,20 @@ def parser() -> argparse.ArgumentParser:
     _add_output_options(tune)
     tune.add_argument("--budget", default="60s", help="per problem and competitor: 60s, 5m or 200 (configs)")
     tune.add_argument("--search", default="surrogate", help="surrogate, random, local, exhaustive, tpe")
+    tune.add_argument("--simulate", action="append", default=[], metavar="FILE",
+                      help="replay the search on a recorded tuning (a journal, cache, T4); no device")  # fmt: skip
     tune.add_argument("--max-error", type=float, default=None, help="precisions compete below this error")
     best = verb("best", "what production should use for a problem, and why")
     best.add_argument("what", nargs="+", metavar="PROBLEM")
     _add_device_options(best)
     _add_output_options(best)
+    export = verb("export", "the winners as a package without rooftune, or recorded tunings in another tool's format")
+    export.add_argument("what", nargs="*", metavar="OP|PROBLEM|FILE", help="default: all measured on this device")
+    export.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    export.add_argument("--name", default="tuned_kernels", help="of the package")
+    export.add_argument("--format", choices=("package", "kernel-tuner", "t4", "vllm"), default="package",
+                        help="others: of FILEs (journals, Kernel Tuner caches, T4, Triton .autotune.json)")  # fmt: skip
+    _add_device_options(export)
     block = verb("block", "a transformer block from all-torch, one language, and the best mix")
     block.add_argument("--model", default="bert-base", help="transformer-base, bert-base, gpt2, llama3-8b")
     block.add_argument("--phase", choices=("prefill", "decode"), default="prefill")

@@ -1,8 +1,8 @@
 """What production should use for a problem, and why: chosen from stored records, never slower than torch.
 
 A competitor is preferred only if records of this very device show it faster than the best torch call with
-confidence; otherwise torch is the answer. Choosing reads files and imports no GPU library; `best` then
-builds the choice in the calling process.
+confidence; otherwise torch is the answer. Choosing reads files and imports no GPU library;
+`production.best` then builds the choice in the calling process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 from rooftune import device as devices
 from rooftune import registry
-from rooftune.autotune.inprocess import Kernel, build, problem_of, where_is
 from rooftune.autotune.journal import canonical, toolchain
 from rooftune.autotune.table import Entry, Table
 from rooftune.core import Config, Evidence, Problem, Status, UsageError
@@ -269,35 +268,3 @@ def _beaten(candidate: Candidate, winner: Candidate) -> str:
     if candidate.ratio_ci is not None and candidate.ratio_ci[0] > 1.0:
         return f"{_shown(candidate)}, {winner.impl} is faster"
     return _shown(candidate) if candidate.ratio is not None else "the baseline"
-
-
-def best(
-    what: Problem | str,
-    *tensors: Any,
-    device: str | None = None,
-    precision: str | None = None,
-    threads: int | None = None,
-    **flags: str | bool,
-) -> Kernel:
-    """The best measured competitor for a problem, built in this process: `run(out, *inputs)`.
-
-    >>> run = rooftune.best("softmax", x)                      # doctest: +SKIP
-    >>> run(out, x)                                            # doctest: +SKIP
-    >>> run = rooftune.best("gemm[m=4096,n=4096,k=4096,bf16]") # doctest: +SKIP
-
-    Building may take seconds (a compiler runs): keep the result and call it. Tensors are as the operator
-    describes them, contiguous.
-
-    Args:
-        what: a problem, or an operator with the tensors it will get, from which sizes are read.
-        device: `cpu`, `cuda:1`, ...; that of the tensors, else the first GPU, else the CPU.
-        precision: where the tensors' type does not say it (tf32 is float32).
-        flags: of the operator, such as `causal=True`, `transpose="nt"`.
-    Raises:
-        UsageError: no such problem, or tensors that do not fit the operator.
-    """
-    text = what if isinstance(what, str) else str(what)
-    asked = registry.problem(text) if "[" in text else problem_of(text, tensors, flags, precision)
-    place = device or where_is(tensors)
-    choice = choose(asked, place, threads)
-    return build(asked, choice.use.impl, choice.use.config, choice.use.why)

@@ -5,34 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from rooftune import device as devices
 from rooftune import registry
-from rooftune.check import Run, generator
+from rooftune.autotune.runtime import Kernel, Layout, Place, keeping_settings, same_threads, typed
+from rooftune.check import generator
 from rooftune.core import PRECISIONS, Config, Op, Problem, UsageError
 from rooftune.registry import Impl
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A built competitor. Call it as `kernel(out, *inputs)`.
-
-    Attributes:
-        impl, config: what runs; `why` it was chosen, in one line.
-    """
-
-    problem: Problem
-    impl: str
-    config: Config
-    why: str
-    run: Run
-
-    def __call__(self, out: Any, *inputs: Any) -> None:
-        result = self.run(out, *inputs)
-        if result is not None:  # a torch call that can only allocate
-            out.copy_(result)
 
 
 def build(problem: Problem, key: str, config: Config | None, why: str) -> Kernel:
@@ -56,8 +37,17 @@ def _build(problem: Problem, impl: Impl, config: Config | None, why: str) -> Ker
     for name, value in impl.env.get("native", {}).items():
         os.environ.setdefault(name, value)  # what its worker had; a setting of the user's own stays
     module = impl.load()
+    same_threads()
     chosen = dict(config) if config is not None else module.SPACE.default_for(problem)
-    return Kernel(problem, impl.key, chosen, why, module.build(problem, chosen))
+    if not module.SPACE.valid(chosen, problem):  # tuned for a neighbour, or with other rules than today's
+        raise UsageError(f"{chosen} breaks a rule of {impl.key} on this problem")
+    if "torch" in impl.requires and len(impl.requires) == 1:  # a torch call: it sets what it needs globally
+        products = problem.precision in ("fp32", "tf32") and registry.op(problem.op).bound == "compute"
+        run = keeping_settings(lambda: module.build(problem, chosen), products)
+    else:
+        run = module.build(problem, chosen)
+    output = registry.op(problem.op).output(problem)
+    return Kernel(problem, impl.key, chosen, why, run, typed([output, *shapes(problem)]))
 
 
 def where_is(tensors: Sequence[Any]) -> str:
@@ -79,28 +69,21 @@ def problem_of(
 ) -> Problem:
     """The problem that an operator with these input tensors is.
 
-    Where each size stands in the shapes is found by asking the operator for tiny inputs of two different
-    problems: a place that holds the same size's value in both is that size.
-
     Raises:
         UsageError: wrong number of tensors, shapes that contradict each other, or a type that is no precision.
     """
     op = registry.op(op_name)
     if not tensors:
         raise UsageError(f"{op_name} needs its input tensors, or a problem such as {op.small('fp32')[0]}")
-    given = {k: "1" if v is True else str(v) for k, v in flags.items() if v is not False}
     kind = precision or _precision(op, tensors[0])
-    sizes: dict[str, int] = {}
-    places = _places(op, kind, given)
-    if len(places) != len(tensors):
-        raise UsageError(f"{op_name} takes {len(places)} tensors with these flags, not {len(tensors)}")
-    for number, (dims, tensor) in enumerate(zip(places, tensors, strict=True)):
-        if len(dims) != tensor.dim():
-            raise UsageError(f"{op_name}: tensor {number} has {tensor.dim()} dimensions, expected {len(dims)}")
-        for dim, size in zip(dims, tensor.shape, strict=True):
-            if dim is not None and sizes.setdefault(dim, int(size)) != size:
-                raise UsageError(f"{op_name}: tensor {number} has {dim}={size}, another has {sizes[dim]}")
-    return registry.problem(Problem(op_name, tuple(sizes.items()), kind, tuple(sorted(given.items()))))
+    found = layout(op_name, kind, words(flags))
+    sizes = {dim: int(size) for dim, size in found.sizes(op_name, tensors).items()}
+    return registry.problem(Problem(op_name, tuple(sizes.items()), kind, words(flags)))
+
+
+def words(flags: Mapping[str, str | bool]) -> tuple[tuple[str, str], ...]:
+    """Flags as a problem holds them: `causal=True` is ("causal", "1"), `causal=False` is nothing."""
+    return tuple(sorted((k, "1" if v is True else str(v)) for k, v in flags.items() if v is not False))
 
 
 def _precision(op: Op, tensor: Any) -> str:
@@ -111,16 +94,38 @@ def _precision(op: Op, tensor: Any) -> str:
     raise UsageError(f"{op.name} does not take {name}; it does {', '.join(op.precisions)}")
 
 
-def _places(op: Op, precision: str, flags: Mapping[str, str]) -> list[list[str | None]]:
-    """Per input, which size each dimension is. Sizes of the two tiny problems halve from one to the next, so
-    that rules such as `h is a multiple of hkv` hold; times 1 and times 3, a product of two is no size in both."""
-    seen: list[list[tuple[int, ...]]] = []
+def shapes(problem: Problem) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, torch type name) of the input tensors of a problem."""
+    sizes = dict(problem.dims)
+    return [(p.shape(sizes), p.dtype) for p in layout(problem.op, problem.precision, problem.flags).inputs]
+
+
+@lru_cache(256)
+def layout(op_name: str, precision: str, flags: tuple[tuple[str, str], ...]) -> Layout:
+    """Where each size stands in the shapes of an operator's tensors.
+
+    Found by asking the operator for tiny inputs of two different problems: a place that holds the same
+    size's value in both is that size. Sizes of the two halve from one to the next, so that rules such as
+    `h is a multiple of hkv` hold; times 1 and times 3, a product of two is no size in both.
+    """
+    op = registry.op(op_name)
+    seen: list[list[tuple[tuple[int, ...], str]]] = []
     for factor in (1, 3):
         values = {dim: factor * 2 ** (len(op.dims) - i) for i, dim in enumerate(op.dims)}
-        tiny = op.problem(Problem(op.name, tuple(values.items()), precision, tuple(sorted(flags.items()))))
-        seen.append([tuple(t.shape) for t in op.inputs(tiny, generator("cpu", 0), "cpu", "normal")])
+        tiny = op.problem(Problem(op.name, tuple(values.items()), precision, flags))
+        made = op.inputs(tiny, generator("cpu", 0), "cpu", "normal")
+        kinds = [(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in made]
+        seen.append([*kinds, op.output(tiny)])
     first = {2 ** (len(op.dims) - i): dim for i, dim in enumerate(op.dims)}
-    return [
-        [first.get(a) if b == 3 * a else None for a, b in zip(one, three, strict=True)]
-        for one, three in zip(*seen, strict=True)
+
+    def dim(one: int, three: int) -> str | int | None:
+        return first.get(one) if three == 3 * one else one if one == three else None
+
+    places = [
+        (dtype, [dim(a, b) for a, b in zip(one, three, strict=True)])
+        for (one, dtype), (three, _) in zip(*seen, strict=True)
     ]
+    if any(None in dims for _, dims in places[:-1]):
+        raise UsageError(f"{op_name}: its sizes cannot be read off its tensors; name the problem instead")
+    *inputs, output = [Place(dtype, tuple(d for d in dims if d is not None)) for dtype, dims in places]
+    return Layout(tuple(inputs), None if None in places[-1][1] else output)

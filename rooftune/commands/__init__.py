@@ -24,6 +24,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], ExitCode]] = {
     "run": _lazy("run", "run"),
     "tune": _lazy("tune", "tune"),
     "best": _lazy("tune", "best"),
+    "export": _lazy("export", "export"),
     "block": _lazy("block", "block"),
     "compare": _lazy("judge", "compare"),
     "check": _lazy("judge", "check"),

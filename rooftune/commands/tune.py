@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from rooftune import registry
@@ -16,9 +17,13 @@ from rooftune.registry import Impl
 from rooftune.results import store
 from rooftune.session import Session
 
+SEEDS = 5  # of a replay: one search alone may be lucky
+
 
 def tune(chosen: argparse.Namespace) -> ExitCode:
     """Every competitor with more than one config, on every problem; `--max-error` races the precisions too."""
+    if chosen.simulate:
+        return simulated(chosen)
     common.options(chosen)
     common.check_targets(chosen)
     loaded = common.users(chosen)
@@ -57,6 +62,38 @@ def check_search(chosen: argparse.Namespace) -> None:
 
     search.find(chosen.search)
     Budget.parse(chosen.budget)
+
+
+def simulated(chosen: argparse.Namespace) -> ExitCode:
+    """Replay the search on recorded tunings with several seeds; no device is touched."""
+    from rooftune.autotune import formats, simulate
+    from rooftune.autotune.limits import Budget
+
+    check_search(chosen)
+    budget = Budget.parse(chosen.budget)
+    if budget.seconds is not None and chosen.budget != tuner.DEFAULT_BUDGET:
+        raise UsageError(f"--budget {chosen.budget}: a replay takes no time; give configs, such as --budget 100")
+    console = common.console(chosen)
+    first = chosen.seed or 0
+    results: list[dict[str, Any]] = []
+    for path in chosen.simulate:
+        for tuning in formats.load(Path(path)):
+            replays = [
+                simulate.replay(tuning, chosen.search, budget.configs, seed) for seed in range(first, first + SEEDS)
+            ]
+            told = simulate.summary(tuning, replays)
+            results.append(told)
+            console.print(f"\n{tuning.kernel} {tuning.problem} {tuning.device}".rstrip(), style="bold", markup=False)
+            console.print(f"  {told['recorded']} configs on record, {chosen.search}, {SEEDS} seeds", markup=False)
+            shares = "  ".join(
+                f"{n}: {share:.3f}" for n, share in told["share_after"].items() if int(n) <= told["tried"]
+            )
+            console.print(f"  share of the best time after so many configs, median: {shares or 'fewer than 10'}")
+            needed = [told[key] or "not reached" for key in ("configs_to_95", "configs_to_99")]
+            console.print(f"  configs to 95 % of it: {needed[0]}, to 99 %: {needed[1]}", markup=False)
+            console.print(f"  best on record: {_config(told['best_config'])}", style="dim", markup=False)
+    _write(chosen, results)
+    return ExitCode.OK
 
 
 def _tunable(impl: Impl, kind: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rooftune import device, registry
-from rooftune.autotune import dispatch, inprocess
+from rooftune.autotune import dispatch, inprocess, production
 from rooftune.autotune.journal import toolchain
 from rooftune.autotune.table import Entry, Table
 from rooftune.core import Evidence, Status, UsageError
@@ -29,6 +29,7 @@ def _steady_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fingerprint's load-dependent parts must not make two looks at this machine differ."""
     found = device.find("cpu").identity()
     monkeypatch.setattr(device.Device, "identity", lambda self: dict(found))
+    production.forget()
 
 
 def record(who: Any, config: dict[str, Any], ratio: float | None, low: float = 0.0, **changes: Any) -> Record:
@@ -197,7 +198,7 @@ def test_winners_of_one_run_use_its_rounds_and_count_the_rivals() -> None:
 def test_best_returns_a_callable_that_computes() -> None:
     x, out = torch.randn(8, 64), torch.empty(8, 64)
     store(record(TORCH, CALL, None), record(NUMBA, DEFAULT, 1.5, 1.4))
-    run = dispatch.best("softmax", x)
+    run = production.best("softmax", x)
     run(out, x)
     assert run.impl == "softmax/numba"
     assert run.config == DEFAULT
@@ -207,7 +208,7 @@ def test_best_returns_a_callable_that_computes() -> None:
 
 def test_best_without_records_is_torch() -> None:
     x, out = torch.randn(8, 64), torch.empty(8, 64)
-    run = dispatch.best(PROBLEM, device="cpu")
+    run = production.best(PROBLEM, device="cpu")
     run(out, x)
     assert run.impl == "softmax/torch"
     torch.testing.assert_close(out, torch.softmax(x, -1))
@@ -216,7 +217,7 @@ def test_best_without_records_is_torch() -> None:
 def test_a_choice_that_cannot_be_built_becomes_torch_with_a_warning() -> None:
     store(record(TORCH, CALL, None), record(NUMBA, {"nonsense": 1}, 1.5, 1.4))
     with pytest.warns(UserWarning, match="softmax/numba was chosen .* but cannot be built"):
-        run = dispatch.best(PROBLEM, device="cpu")
+        run = production.best(PROBLEM, device="cpu")
     assert run.impl == "softmax/torch"
     assert "cannot be built" in run.why
 

@@ -1,0 +1,248 @@
+"""Recorded tunings of ours and of other tools: read, replayed, written; damage never becomes a wrong time."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_lab import AXES, BEST, DEFAULT, FakeLab, cost
+from test_tuner import run
+
+from rooftune.autotune import journal, search, simulate
+from rooftune.autotune.formats import Row, Tuning, load, write
+from rooftune.core import Status, UsageError
+
+CACHE: dict[str, Any] = {
+    "device_name": "NVIDIA A100",
+    "kernel_name": "vector_add",
+    "problem_size": "1000",
+    "tune_params_keys": ["block_size_x", "vector"],
+    "tune_params": {"block_size_x": [64, 32, 128], "vector": [1, 4]},
+    "objective": "time",
+    "cache": {
+        "32,1": {"block_size_x": 32, "vector": 1, "time": 2.0, "times": [2.0, 2.1], "compile_time": 100.0},
+        "64,1": {"block_size_x": 64, "vector": 1, "time": 1.0, "times": [1.0], "compile_time": 100.0},
+        "128,1": {"block_size_x": 128, "vector": 1, "time": "InvalidConfig"},
+        "32,4": {"block_size_x": 32, "vector": 4, "time": "x", "__error__": "CompilationFailedConfig"},
+    },
+}
+
+
+def cache_text() -> str:
+    """As the tool writes it: the head, then a line for each entry."""
+    head = json.dumps({k: v for k, v in CACHE.items() if k != "cache"}, indent="")[:-2]
+    entries = ",\n".join(f'"{name}": {json.dumps(entry)}' for name, entry in CACHE["cache"].items())
+    return f'{head},\n"cache": {{\n{entries}}}\n}}'
+
+
+def test_a_kernel_tuner_cache_is_read_with_its_failures(tmp_path: Path) -> None:
+    path = tmp_path / "cache.json"
+    path.write_text(cache_text())
+    (tuning,) = load(path)
+    assert (tuning.kernel, tuning.problem, tuning.device) == ("vector_add", "1000", "NVIDIA A100")
+    assert tuning.axes == {"block_size_x": [32, 64, 128], "vector": [1, 4]}
+    assert [row.status for row in tuning.rows] == [Status.OK, Status.OK, Status.SKIPPED, Status.FAILED_COMPILE]
+    assert tuning.rows[0].time_s == pytest.approx(2e-3)
+    assert tuning.rows[0].times_s == pytest.approx((2e-3, 2.1e-3))
+    assert tuning.rows[0].compile_s == pytest.approx(0.1)
+    assert tuning.best is not None
+    assert tuning.best.config == {"block_size_x": 64, "vector": 1}
+
+
+def rows_of(path: Path) -> list[Row]:
+    """None where the file is refused."""
+    try:
+        return load(path)[0].rows
+    except UsageError:
+        return []
+
+
+def test_every_cut_of_a_cache_gives_whole_entries_or_one_clear_line(tmp_path: Path) -> None:
+    path, whole = tmp_path / "cache.json", cache_text()
+    path.write_text(whole)
+    rows = load(path)[0].rows
+    most = 0
+    for cut in range(1, len(whole)):
+        path.write_text(whole[:cut])
+        found = rows_of(path)
+        assert found == rows[: len(found)]
+        most = max(most, len(found))
+    assert most == 4
+    path.write_text(whole[: whole.index('"128,1"')])  # as the tool leaves it when it is stopped
+    assert load(path)[0].rows == rows[:2]
+
+
+def test_t4_of_two_writers(tmp_path: Path) -> None:
+    ours = {"configuration": {"b": 1}, "invalidity": "correct", "correctness": 1, "objectives": ["time"]}
+    one = {**ours, "times": {"compilation_time": 5, "runtimes": [9.0]}, "measurements": [
+        {"name": "GFLOP/s", "value": 7, "unit": ""}, {"name": "time", "value": 3.0, "unit": "us"}]}  # fmt: skip
+    two = {**ours, "times": {"compilation": 5, "runtimes": [2.0, 4.0]}, "configuration": {"b": 2}, "measurements": []}
+    bad = {**ours, "times": {}, "invalidity": "timeout", "configuration": {"b": 4}}
+    path = tmp_path / "t4.json"
+    path.write_text(json.dumps({"schema_version": "1.0.0", "results": [one, two, bad]}))
+    (tuning,) = load(path)
+    assert [row.time_s for row in tuning.rows] == [pytest.approx(3e-6), pytest.approx(3e-3), None]
+    assert [row.compile_s for row in tuning.rows] == [0.005, 0.005, None]
+    assert tuning.rows[2].status == Status.TIMEOUT
+
+
+def test_tritons_autotune_file(tmp_path: Path) -> None:
+    def config(block: int, warps: int) -> dict[str, Any]:
+        rest = {"num_ctas": 1, "num_stages": 3, "maxnreg": None, "pre_hook": None, "ir_override": None}
+        return {"kwargs": {"BLOCK_M": block}, "num_warps": warps, **rest}
+
+    timings = [[config(64, 4), [0.5, 0.4, 0.6]], [config(128, 8), [float("inf")] * 3], [config(32, 4), 0.25]]
+    path = tmp_path / "matmul.autotune.json"
+    path.write_text(json.dumps({"key": ["512"], "configs_timings": timings}))
+    (tuning,) = load(path)
+    assert tuning.kernel == "matmul"
+    assert tuning.rows[0].config == {"BLOCK_M": 64, "num_warps": 4, "num_ctas": 1, "num_stages": 3}
+    assert [row.time_s for row in tuning.rows] == [5e-4, None, 2.5e-4]
+
+
+NO_TUNINGS = (
+    "", "[]", "{}", "null", '{"cache": 3', '{"results": [{}]}', '{"results": []}', '{"configs_timings": [3]}',
+    '{"cache": {"a": {}}, "tune_params_keys": ["x"]}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_TUNINGS)
+def test_what_is_no_tuning_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        load(path)
+    assert "x.json" in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="cannot be read"):
+        load(tmp_path / "none.json")
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    path = tmp_path / "j.jsonl"
+    fail = lambda verb, c: formats_fail(c)  # noqa: E731
+    run(FakeLab(fate=fail), path, "48")
+    return path
+
+
+def formats_fail(config: dict[str, Any]) -> Any:
+    from rooftune.lab import Reply
+
+    return Reply(Status.FAILED_LAUNCH, "shared memory") if config["num_warps"] == 8 else None
+
+
+@pytest.mark.parametrize("form", ["kernel-tuner", "t4"])
+def test_ours_survive_the_way_through_another_format(tmp_path: Path, tuned: Path, form: str) -> None:
+    (ours,) = load(tuned)
+    (path,) = write(form, [ours], tmp_path / "out")
+    (back,) = load(path)
+    assert (back.kernel, back.problem, back.device) == ("softmax/torch", "softmax[m=64,n=512,fp32]", "test")
+    assert back.axes == ours.axes == {a: list(v) for a, v in AXES.items()}
+    for mine, theirs in zip(ours.rows, back.rows, strict=True):
+        assert theirs.config == mine.config
+        assert theirs.time_s == (None if mine.time_s is None else pytest.approx(mine.time_s))
+        assert theirs.status == mine.status
+    assert write(form, [ours, ours], tmp_path / "two")[0] != write(form, [ours, ours], tmp_path / "two")[1]
+
+
+def test_vllm_tables_hold_what_was_decided(tmp_path: Path) -> None:
+    def tuning(m: int, chosen: Any) -> Tuning:
+        rows = [Row({"block_m": 64, "num_warps": 4}, 1e-3, 1.0), Row({"block_m": 32, "num_warps": 4}, 2e-3, 2.0)]
+        about = {"toolchain": {"triton": "3.6.0"}}
+        problem = f"gemm[m={m},n=4096,k=1024,transpose=nt,bf16]"
+        return Tuning("gemm/triton", problem, "NVIDIA H100 80GB HBM3", {}, rows, "", chosen, about)
+
+    tunings = [tuning(16, {"block_m": 32, "num_warps": 4}), tuning(2, None)]
+    (path,) = write("vllm", tunings, tmp_path)
+    assert path.name == "N=4096,K=1024,transpose=nt,device_name=NVIDIA_H100_80GB_HBM3,dtype=bf16.json"
+    data = json.loads(path.read_text())
+    assert list(data) == ["triton_version", "2", "16"]
+    assert data["16"] == {"BLOCK_SIZE_M": 32, "num_warps": 4}  # decided: the default, though another had looked faster
+    assert data["2"] == {"BLOCK_SIZE_M": 64, "num_warps": 4}
+    with pytest.raises(UsageError, match="nothing to write"):
+        write("vllm", [Tuning("k", "1000", "", {}, tunings[0].rows, "")], tmp_path)
+
+
+# --- simulation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in search.names() if n != "tpe"])
+def test_a_replay_finds_the_best_on_record_and_nothing_else(tuned: Path, name: str) -> None:
+    (tuning,) = load(tuned)
+    done = simulate.replay(tuning, name)
+    assert len(done.shares) == 48
+    assert done.failed == 12
+    assert done.shares == sorted(done.shares)
+    assert done.shares[-1] == 1.0
+    assert done.reached(1.0) is not None
+    told = simulate.summary(tuning, [done])
+    assert told["best_config"] == BEST
+    assert told["share_after"]["100"] == 1.0
+    assert told["configs_to_99"] == done.reached(0.99)
+
+
+def test_a_replay_is_the_tuning_again_without_a_device(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    run(FakeLab(noise=0.0), path, "48", search_name="random")
+    (tuning,) = load(path)
+    order = [journal.canonical(row.config) for row in tuning.rows]
+    asked: list[str] = []
+    original = search.Outcome
+    try:
+        search.Outcome = lambda *a: (asked.append("told"), original(*a))[1]  # type: ignore[misc,assignment]
+        done = simulate.replay(tuning, "random", budget=20)
+    finally:
+        search.Outcome = original  # type: ignore[misc]
+    assert len(done.shares) == len(asked) == 20
+    assert order[0] == journal.canonical(DEFAULT)
+    assert done.shares[0] <= 1.0
+    assert done.after(10) == pytest.approx(cost(BEST) / min(cost(r.config) for r in tuning.rows), rel=0.5)
+
+
+def test_a_record_of_failures_only_is_refused(tmp_path: Path) -> None:
+    rows = [Row({"a": 1}, None, None, Status.TIMEOUT)]
+    with pytest.raises(UsageError, match="no config of k p ran"):
+        simulate.replay(Tuning("k", "p", "", {"a": [1]}, rows, "f"), "random")
+
+
+# --- the journal under damage ---------------------------------------------------------------------------------------
+
+
+def recovered(path: Path) -> dict[str, Any]:
+    what = json.loads(path.with_name("what.json").read_text())
+    return journal.Journal(path, what, lambda text: None).trials
+
+
+def test_no_cut_and_no_flipped_bits_ever_recover_a_wrong_outcome(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    run(FakeLab(), path, "6")
+    whole = path.read_bytes()
+    (what,) = [x["what"] for x in journal.store.Log(path).read()[0] if x["event"] == "start"]
+    path.with_name("what.json").write_text(json.dumps(what))
+    right = recovered(path)
+    assert len(right) == 6
+    ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(0, len(whole), 7):  # every line is cut at some 100 places
+        path.write_bytes(whole[:cut])
+        found = recovered(path)
+        lines = sum(end <= cut for end in ends)  # the start line is the first
+        assert list(found.items()) == list(right.items())[: max(0, min(6, lines - 1))] or lines == 0
+        assert all(right[key] == trial for key, trial in found.items())
+    rng = random.Random(1)
+    lost = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        found = recovered(path)
+        assert all(right[key] == trial for key, trial in found.items())
+        lost += len(found) < len(right)
+    assert lost > 100  # the damage was real
