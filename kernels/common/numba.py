@@ -179,6 +179,13 @@ class Emit:
         narrow = self.narrow(value, dtype)
         self.store_raw(narrow, address, self.width * ITEM[dtype] if stream else ITEM[dtype], stream)
 
+    def prefetch(self, address: Value, write: bool = False) -> None:
+        """Ask for the line at an address, which need not exist: into the L2 cache, or to be written into the L1."""
+        b = self.builder
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        b.call(fetch, [b.inttoptr(address, I8.as_pointer()), *(ir.Constant(I32, x) for x in ((1, 3, 1) if write else (0, 2, 1)))])
+
     def aligned(self, address: Value, dtype: str) -> Value:
         """Whether a vector may be streamed to this address."""
         rest = self.builder.and_(address, self.index(self.width * ITEM[dtype] - 1))
