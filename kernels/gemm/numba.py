@@ -164,7 +164,8 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
     """Numba function of addresses (a, b, bias, out, packed a, packed b, correction, sums) and sizes.
 
     `height`: panels of a in a task, `depth`: words of k in a block, `split`: tasks that share these panels,
-    `room`: register tiles of sums that a task keeps.
+    `room`: register tiles of sums that a slot keeps; a slot does its tasks one after the other, in the same
+    memory, so that packed panels of a never leave the L2 cache.
     """
     a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
     pack_a = pack(form, rows, a_along_k, flip=form.unsigned_a)
@@ -176,27 +177,18 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
     out_item = 4 if form.accumulator == "int32" else item
     sweep = SWEEP * steps
 
-    @jit("void(" + ", ".join(["int64"] * 15) + ")")
+    @jit("void(" + ", ".join(["int64"] * 16) + ")")
     def product(  # type: ignore[no-untyped-def]
-        a, b, bias, out, a_pack, b_pack, correction, sums, m, n, k, height, depth, split, room
+        a, b, bias, out, a_pack, b_pack, correction, sums, m, n, k, height, depth, split, room, slots
     ):
         words = (k + steps - 1) // steps
         a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
-        sweeps = (k + sweep - 1) // sweep
-        if a_along_k:
-            for i in prange(a_panels):
-                pack_a(a + i * rows * k * item, a_pack + i * rows * words * 4, min(rows, m - i * rows), k, k)
-        else:  # whole lines of memory, some rows at a time: their pages are few enough for the TLB
-            for s in prange(sweeps):
-                some, source, target = min(sweep, k - s * sweep), a + s * sweep * m * item, a_pack + s * SWEEP * rows * 4
-                for i in range(a_panels):
-                    pack_a(source + i * rows * item, target + i * rows * words * 4, min(rows, m - i * rows), m, some)
         if b_along_k:
             for j in prange(b_panels):
                 first = j * columns
                 pack_b(b + first * k * item, b_pack + first * words * 4, min(columns, n - first), k, k)
-        else:
-            for s in prange(sweeps):
+        else:  # whole lines of memory, some rows at a time: their pages are few enough for the TLB
+            for s in prange((k + sweep - 1) // sweep):
                 some, source = min(sweep, k - s * sweep), b + s * sweep * n * item
                 target = b_pack + s * SWEEP * columns * 4
                 for j in range(b_panels):
@@ -205,40 +197,52 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
         if corrected:
             for j in prange(b_panels):
                 sum_columns(b_pack + j * columns * words * 4, words, correction + j * columns * 4)
-        blocks = (a_panels + height - 1) // height
+        tasks = (a_panels + height - 1) // height * split
         line = columns * out_item + (LINE if n * out_item % LINE else 0)
-        for task in prange(blocks * split):
-            begin, part = task // split * height, task % split
-            stop = min(begin + height, a_panels)
-            from_panel, to_panel = part * b_panels // split, (part + 1) * b_panels // split
-            for w in range(0, words, depth):
-                some = min(depth, words - w)
-                final = w + depth >= words
-                share = (some * columns * 4 // (stop - begin) + LINE - 1) // LINE * LINE
-                for j in range(from_panel, to_panel):
-                    right = b_pack + (j * words + w) * columns * 4
-                    coming = right + words * columns * 4
+        for slot in prange(slots):
+            own, totals = a_pack + slot * height * rows * depth * 4, sums + slot * room * area
+            for task in range(slot * tasks // slots, (slot + 1) * tasks // slots):
+                begin, part = task // split * height, task % split
+                stop = min(begin + height, a_panels)
+                from_panel, to_panel = part * b_panels // split, (part + 1) * b_panels // split
+                for w in range(0, words, depth):
+                    some = min(depth, words - w)
+                    final = w + depth >= words
+                    left, wide = min(some * steps, k - w * steps), some * rows * 4  # wide: bytes of a packed panel
                     for i in range(begin, stop):
-                        left = a_pack + (i * words + w) * rows * 4
-                        number = (j - from_panel) * height + i - begin if room > 1 else 0
-                        place = sums + (task * room + number) * area
-                        target = out + (i * rows * n + j * columns) * out_item
-                        if ahead:
-                            fetch(coming + (i - begin) * share, share)
+                        if a_along_k:
+                            source = a + (i * rows * k + w * steps) * item
+                            pack_a(source, own + (i - begin) * wide, min(rows, m - i * rows), k, left)
+                    if not a_along_k:
+                        for at in range(0, some, SWEEP):
+                            for i in range(begin, stop):
+                                source = a + ((w + at) * steps * m + i * rows) * item
+                                target = own + (i - begin) * wide + at * rows * 4
+                                pack_a(source, target, min(rows, m - i * rows), m, min(sweep, left - at * steps))
+                    share = (some * columns * 4 // (stop - begin) + LINE - 1) // LINE * LINE
+                    for j in range(from_panel, to_panel):
+                        right = b_pack + (j * words + w) * columns * 4
+                        coming = right + words * columns * 4
+                        for i in range(begin, stop):
+                            number = (j - from_panel) * height + i - begin if room > 1 else 0
+                            place = totals + number * area
+                            target = out + (i * rows * n + j * columns) * out_item
+                            if ahead:
+                                fetch(coming + (i - begin) * share, share)
+                                if final:
+                                    for r in range(min(rows, m - i * rows)):
+                                        claim(target + r * n * out_item, line)
+                            multiply(own + (i - begin) * wide, right, place, some, 0, 0, w)
                             if final:
-                                for r in range(min(rows, m - i * rows)):
-                                    claim(target + r * n * out_item, line)
-                        multiply(left, right, place, some, 0, 0, w)
-                        if final:
-                            end(
-                                place,
-                                target,
-                                n,
-                                min(rows, m - i * rows),
-                                min(columns, n - j * columns),
-                                bias + j * columns * item,
-                                correction + j * columns * 4,
-                            )
+                                end(
+                                    place,
+                                    target,
+                                    n,
+                                    min(rows, m - i * rows),
+                                    min(columns, n - j * columns),
+                                    bias + j * columns * item,
+                                    correction + j * columns * 4,
+                                )
 
     return product
 
@@ -260,23 +264,24 @@ def build(problem: Problem, config: Config) -> Run:
     words = -(-k // form.steps)
     a_panels, b_panels = -(-m // rows), -(-n // columns)
     height = max(1, min(config["block_m"] // rows, -(-a_panels // threads())))  # panels of a in a task
-    depth = max(1, config["block_k"] // form.steps)
-    blocks, wanted = -(-a_panels // height), 2 * threads() if threads() > 1 else 1
-    split = max(1, min(b_panels, -(-wanted // blocks)))
+    depth = min(words, config["block_k"] // form.steps)
+    blocks = -(-a_panels // height)
+    split = max(1, min(b_panels, -(-threads() // blocks)))
+    slots = min(threads(), blocks * split)
     room = -(-b_panels // split) * height if words > depth else 1
     workspace = [
         torch.empty(size, dtype=torch.int32)
         for size in (
-            a_panels * rows * words,
+            slots * height * rows * depth,
             b_panels * columns * words,
             b_panels * columns if FORMATS[problem.precision].exact else 1,
-            blocks * split * room * rows * columns,
+            slots * room * rows * columns,
         )
     ]
 
     def run(out: Any, a: Any, b: Any, bias: Any = None) -> None:
         places = [space.data_ptr() for space in workspace]
         address = 0 if bias is None else bias.data_ptr()
-        kernel(a.data_ptr(), b.data_ptr(), address, out.data_ptr(), *places, m, n, k, height, depth, split, room)
+        kernel(a.data_ptr(), b.data_ptr(), address, out.data_ptr(), *places, m, n, k, height, depth, split, room, slots)
 
     return run
