@@ -15,6 +15,7 @@ from rooftune.core import Config, Problem, Space
 from rooftune.kernels.common.numba import (
     I32,
     ITEM,
+    LINE,
     LOG2E,
     Emit,
     State,
@@ -25,7 +26,7 @@ from rooftune.kernels.common.numba import (
     threads,
     vector_width,
 )
-from rooftune.kernels.common.numba_tile import Format, pack, tile, transpose
+from rooftune.kernels.common.numba_tile import Format, pack, tile, touch, transpose
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -81,7 +82,7 @@ def begin(queries: int) -> Any:
 
 
 @cache
-def soften(queries: int) -> Any:
+def soften(queries: int, degree: int) -> Any:
     """Numba function (scores [keys][queries], keys, sums, d, limit, last): scores to probabilities.
 
     Online softmax (Milakov and Gimelshein, 2018), one query a lane: new maximum, earlier sums scaled down,
@@ -135,7 +136,7 @@ def soften(queries: int) -> Any:
         def exponentials(key: Value, state: State) -> State:
             out = []
             for lane, s, total in zip(lanes, safe, state, strict=True):
-                p = e.exp2(b.fsub(e.load(place(key, lane), "fp32"), s))
+                p = e.exp2(b.fsub(e.load(place(key, lane), "fp32"), s), degree)
                 e.store(p, place(key, lane), "fp32")
                 out.append(b.fadd(total, p))
             return out
@@ -218,8 +219,10 @@ def end(queries: int, dtype: str) -> Any:
 def compiled(dtype: str, rows: int, queries: int) -> Any:
     """Numba function (q, k, v, out, scratch, scratch size, heads, group, sq, sk, d, causal, block, tiles, factor, slots)."""
     form, item = Format(dtype, 1), ITEM[dtype]
-    pack_q, start, softmax, finish = pack(form, queries, True), begin(queries), soften(queries), end(queries, dtype)
-    pack_k, pack_v, multiply = pack(form, rows, True), pack(form, rows, False), tile(Format("fp32", 1), rows, queries)
+    panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
+    pack_q, pack_k, pack_v = pack(form, queries, True), pack(form, panel, True), pack(form, panel, False)
+    start, finish, softmax = begin(queries), end(queries, dtype), soften(queries, 5 if dtype == "fp32" else 4)
+    multiply, fetch = tile(Format("fp32", 1), rows, queries, panel), touch()
 
     @jit("void(" + ", ".join(["int64"] * 14) + ", float32, int64)")
     def attention(  # type: ignore[no-untyped-def]
@@ -227,9 +230,8 @@ def compiled(dtype: str, rows: int, queries: int) -> Any:
     ):
         every = (sq + queries - 1) // queries
         parts = (every + tiles - 1) // tiles
-        panels = (d + rows - 1) // rows  # of v
-        each = (d + panels * rows + 2) * queries * 4
-        tall = (block + rows - 1) // rows * rows
+        columns, tall = (d + panel - 1) // panel * panel, (block + panel - 1) // panel * panel
+        each = (d + columns + 2) * queries * 4
         for slot in prange(slots):
             own = scratch + slot * size
             scores = own + tiles * each
@@ -246,12 +248,15 @@ def compiled(dtype: str, rows: int, queries: int) -> Any:
                 for key in range(0, stop, block):
                     keys = min(block, stop - key)
                     here = (head // group * sk + key) * d * item
-                    for r in range(0, keys, rows):
-                        pack_k(k + here + r * d * item, k_pack + r * d * 4, min(rows, keys - r), d, d)
-                    for p in range(panels):
-                        c = p * rows
-                        pack_v(v + here + c * item, v_pack + c * keys * 4, min(rows, d - c), d, keys)
+                    for r in range(0, keys, panel):
+                        pack_k(k + here + r * d * item, k_pack + r * d * 4, min(panel, keys - r), d, d)
+                    for c in range(0, columns, panel):
+                        pack_v(v + here + c * item, v_pack + c * keys * 4, min(panel, d - c), d, keys)
+                    ahead = block * d * item if key + block < stop else 0
+                    share = (ahead // (end_tile - begin_tile) + LINE - 1) // LINE * LINE
                     for t in range(begin_tile, end_tile):
+                        fetch(k + here + ahead + (t - begin_tile) * share, share)
+                        fetch(v + here + ahead + (t - begin_tile) * share, share)
                         first = t * queries
                         limit = first + sk - sq - key if causal else keys  # the last key that lane 0 sees
                         last = limit + min(queries, sq - first) - 1 if causal else keys
@@ -260,11 +265,12 @@ def compiled(dtype: str, rows: int, queries: int) -> Any:
                             packed = own + (t - begin_tile) * each
                             sums = packed + d * queries * 4
                             for r in range(0, seen, rows):
-                                multiply(k_pack + r * d * 4, packed, scores + r * queries * 4, d, 0, 0, 0)
+                                left = k_pack + (r // panel * panel * d + r % panel) * 4
+                                multiply(left, packed, scores + r * queries * 4, d, 0)
                             softmax(scores, seen, sums, d, limit, last)
-                            for p in range(panels):
-                                output = sums + (p * rows + 2) * queries * 4
-                                multiply(v_pack + p * rows * keys * 4, scores, output, seen, 0, 0, 1)
+                            for c in range(0, d, rows):
+                                left = v_pack + (c // panel * panel * keys + c % panel) * 4
+                                multiply(left, scores, sums + (c + 2) * queries * 4, seen, 1)
                 for t in range(begin_tile, end_tile):
                     first = t * queries
                     sums = own + (t - begin_tile) * each + d * queries * 4
@@ -290,8 +296,8 @@ def build(problem: Problem, config: Config) -> Run:
     kernel = compiled(problem.precision, rows, queries)
     block, every = min(config["block_k"], sk), -(-sq // queries)
     tiles = min(config["query_tiles"], -(-every // -(-threads() // heads)))
-    panels, tall = -(-d // rows), -(-block // rows) * rows
-    words = tiles * (d + panels * rows + 2) * queries + tall * (queries + d) + panels * rows * block
+    columns, tall = (-(-size // rows) * rows + vector_width() for size in (d, block))  # padded panels fit
+    words = tiles * (d + columns + 2) * queries + tall * (queries + d) + columns * block
     size = -(-words // 16) * 64  # bytes, whole cache lines
     slots = min(heads * -(-every // tiles), threads())
     scratch = torch.empty(slots * size // 4, dtype=torch.float32)

@@ -241,23 +241,19 @@ def multiply_add(e: Emit, form: Format) -> Callable[[Value, Value, Value], Value
 
 
 @cache
-def tile(form: Format, rows: int, columns: int, packed: bool = True, unroll: int = 1) -> Any:
-    """Numba function (a, b, c, words, row_stride, step_stride, add): c (+)= a b on one register tile.
+def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1) -> Any:
+    """Numba function (a, b, c, words, add): c (+)= a b on one register tile.
 
-    a: words at a + i * row_stride + k * step_stride bytes (packed: 4 and 4 * rows, known when compiled);
-    b: packed [words][columns]; c: [rows][columns] of accumulators, added to if `add` is not 0. `unroll`
+    a: packed [words][panel], of which `rows` from the address on are multiplied; b: packed [words][columns];
+    c: [rows][columns] of accumulators, added to if `add` is not 0. `panel` is `rows` unless given; `unroll`
     steps of k are one round of the loop.
     """
 
-    def emit(
-        e: Emit, a: Value, b_panel: Value, c: Value, words: Value, row_stride: Value, step_stride: Value, add: Value
-    ) -> None:
+    def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value) -> None:
         b, vectors = e.builder, columns // e.width
         kind = e.vector if form.accumulator == "fp32" else e.ints
         madd = multiply_add(e, form)
-        if packed:
-            row_stride, step_stride = e.index(WORD), e.index(WORD * rows)
-        starts = [b.add(a, b.mul(row_stride, e.index(i))) for i in range(rows)]
+        starts = [b.add(a, e.index(i * WORD)) for i in range(rows)]
         places = [[b.add(c, e.index((i * columns + v * e.width) * WORD)) for v in range(vectors)] for i in range(rows)]
         flat = [place for row in places for place in row]
         zero = ir.Constant(kind, [0.0 if kind is e.vector else 0] * e.width)
@@ -268,7 +264,7 @@ def tile(form: Format, rows: int, columns: int, packed: bool = True, unroll: int
         )
 
         def step(k: Value, sums: list[Value]) -> State:
-            behind = b.mul(k, step_stride)
+            behind = b.mul(k, e.index(WORD * (panel or rows)))
             base = e.offset(b_panel, k, columns * WORD)
             right = [e.load_raw(b.add(base, e.index(v * e.width * WORD)), e.ints, WORD) for v in range(vectors)]
             out = []
@@ -288,7 +284,7 @@ def tile(form: Format, rows: int, columns: int, packed: bool = True, unroll: int
         for place, value in zip(flat, sums, strict=True):
             e.store_raw(value, place, WORD)
 
-    return intrinsic([types.int64] * 7, emit)
+    return intrinsic([types.int64] * 5, emit)
 
 
 @cache

@@ -232,7 +232,7 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
                                 if final:
                                     for r in range(min(rows, m - i * rows)):
                                         claim(target + r * n * out_item, line)
-                            multiply(own + (i - begin) * wide, right, place, some, 0, 0, w)
+                            multiply(own + (i - begin) * wide, right, place, some, w)
                             if final:
                                 end(
                                     place,
