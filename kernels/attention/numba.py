@@ -11,12 +11,12 @@ from llvmlite import ir
 from numba import prange, types
 
 from rooftune.check import Run
-from rooftune.core import Config, Problem, Space, UsageError
+from rooftune.core import Config, Problem, Space
 from rooftune.kernels.common.numba import (
     I32,
     ITEM,
+    LINE,
     LOG2E,
-    Chunk,
     Emit,
     State,
     Value,
@@ -26,24 +26,33 @@ from rooftune.kernels.common.numba import (
     threads,
     vector_width,
 )
-from rooftune.kernels.common.numba_tile import Format, pack, tile, transpose
+from rooftune.kernels.common.numba_tile import Format, pack, tile, touch, transpose
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 TILES = {  # rows (keys, or columns of v) x queries of the register tile, by lanes of a vector
-    16: ("8x48", "8x32", "4x96", "4x48", "8x16"),
-    8: ("4x24", "4x16", "8x8"),
-    4: ("4x12", "4x8", "8x4"),
+    16: ("8x48", "12x32", "8x32", "4x96", "28x16", "8x16"),
+    8: ("4x24", "6x16", "4x16", "12x8", "8x8"),
+    4: ("4x12", "6x8", "4x8", "8x4"),
 }
+
+
+def _default(problem: Problem) -> Config:
+    tiles = TILES[vector_width()]
+    few = problem["sq"] * problem["h"] // problem["hkv"] <= vector_width()
+    return {"tile": tiles[-2] if few else tiles[0], "block_k": 128, "query_tiles": 32}
+
+
 SPACE = Space(
     axes={
         "tile": TILES[vector_width()],
-        "block_k": (32, 64, 128, 256, 512),  # keys whose scores are held at once
-        "tasks_per_thread": (1, 2, 4),
+        "block_k": (32, 64, 96, 128, 192, 256, 512),  # keys whose scores are held at once
+        "query_tiles": (1, 2, 4, 8, 16, 32, 64),  # tiles of queries that share a packed block of k and v
     },
-    default={"tile": TILES[vector_width()][0], "block_k": 128, "tasks_per_thread": 1},
+    default=_default,
 )
+RESCALE = 8.0  # a maximum may be exceeded by 2^8 before earlier sums are scaled down to a new one
 
 
 @cache
@@ -73,13 +82,14 @@ def begin(queries: int) -> Any:
 
 
 @cache
-def soften(queries: int) -> Any:
+def soften(queries: int, degree: int) -> Any:
     """Numba function (scores [keys][queries], keys, sums, d, limit, last): scores to probabilities.
 
     Online softmax (Milakov and Gimelshein, 2018), one query a lane: new maximum, earlier sums scaled down,
-    exponentials added to the totals. Lane i may see the keys up to min(limit + i, last), counted from the
-    block's first key. A lane that has seen no key yet has the maximum -inf and 0 is subtracted instead. A
-    NaN is no maximum but makes its own lane's total NaN.
+    exponentials added to the totals. Any number near the maximum does as well, so a lane keeps the one it
+    has until a score exceeds it by `RESCALE`, and most blocks scale nothing. Lane i may see the keys up to
+    min(limit + i, last), counted from the block's first key. A lane that has seen no key yet has the maximum
+    -inf and 0 is subtracted instead. A NaN is no maximum but makes its own lane's total NaN.
     """
 
     def emit(e: Emit, scores: Value, keys: Value, sums: Value, d: Value, limit: Value, last: Value) -> None:
@@ -114,14 +124,19 @@ def soften(queries: int) -> Any:
         whole = b.add(clear, e.index(1))
         whole = b.select(b.icmp_signed("<", whole, keys), whole, keys)
         reached, state = e.loop(e.index(0), whole, 1, old, largest)
-        _, new = e.loop(reached, keys, 1, state, masked)
+        _, state = e.loop(reached, keys, 1, state, masked)
+        new, changed = [], []
+        for o, m in zip(old, state, strict=True):
+            grown = b.fcmp_ordered(">", m, b.fadd(o, e.splat(RESCALE)))
+            new.append(b.select(grown, m, o))
+            changed.append(grown)
         safe = [b.select(b.fcmp_ordered("==", m, minus), e.splat(0.0), m) for m in new]
         shrink = [e.exp2(b.fsub(o, s)) for o, s in zip(old, safe, strict=True)]
 
         def exponentials(key: Value, state: State) -> State:
             out = []
             for lane, s, total in zip(lanes, safe, state, strict=True):
-                p = e.exp2(b.fsub(e.load(place(key, lane), "fp32"), s))
+                p = e.exp2(b.fsub(e.load(place(key, lane), "fp32"), s), degree)
                 e.store(p, place(key, lane), "fp32")
                 out.append(b.fadd(total, p))
             return out
@@ -138,7 +153,12 @@ def soften(queries: int) -> Any:
                 e.store(b.fmul(e.load(where, "fp32"), shrink[v]), where, "fp32")
             return []
 
-        e.loop(e.index(0), d, 1, [], rescale)
+        def rescale_all() -> State:
+            e.loop(e.index(0), d, 1, [], rescale)
+            return []
+
+        some = b.bitcast(e.tree(changed, b.or_), ir.IntType(e.width))
+        e.branch(b.icmp_unsigned("!=", some, some.type(0)), rescale_all, list)
 
     return intrinsic([types.int64] * 6, emit)
 
@@ -153,94 +173,108 @@ def end(queries: int, dtype: str) -> Any:
 
     def emit(e: Emit, sums: Value, d: Value, out: Value, valid: Value) -> None:
         b, last = e.builder, e.builder.sub(valid, e.index(1))
+
+        def least(x: Value, y: Value) -> Value:
+            return b.select(b.icmp_signed("<", x, y), x, y)
+
         for lane in range(0, queries, e.width):
             total = e.load(b.add(sums, e.index((queries + lane) * 4)), "fp32")
             none = b.fcmp_ordered("==", total, e.splat(0.0))
             factor = b.select(none, e.splat(0.0), b.fdiv(e.splat(1.0), total))
 
-            def block(column: Value, lane: int = lane, factor: Value = factor) -> None:
+            def turned(columns: State, lane: int = lane, factor: Value = factor) -> list[tuple[Value, Value]]:
+                """(query, its values in these columns) for every lane."""
                 rows = []
-                for i in range(e.width):
-                    row = e.offset(sums, b.add(column, e.index(i)), queries * 4)
+                for column in columns:
+                    row = e.offset(sums, column, queries * 4)
                     value = e.load(b.add(row, e.index((2 * queries + lane) * 4)), "fp32")
                     rows.append(b.bitcast(b.fmul(value, factor), e.ints))
-                for i, row in enumerate(transpose(e, rows)):
-                    own = e.index(lane + i)
-                    query = b.select(b.icmp_signed("<", own, last), own, last)
-                    where = e.offset(out, b.add(b.mul(query, d), column), ITEM[dtype])
-                    e.store(b.bitcast(row, e.vector), where, dtype)
+                own = [least(e.index(lane + i), last) for i in range(e.width)]
+                return [(q, b.bitcast(row, e.vector)) for q, row in zip(own, transpose(e, rows), strict=True)]
 
-            def step(column: Value, _: State, block: Any = block) -> State:
-                block(column)
+            def step(column: Value, _: State, turned: Any = turned) -> State:
+                for query, value in turned([b.add(column, e.index(i)) for i in range(e.width)]):
+                    e.store(value, e.offset(out, b.add(b.mul(query, d), column), ITEM[dtype]), dtype)
                 return []
 
-            e.loop(e.index(0), d, e.width, [], step)
-            rest = b.icmp_signed("!=", b.srem(d, e.index(e.width)), e.index(0))
-            e.branch(rest, lambda: step(b.sub(d, e.index(e.width)), []), list)
+            def long(step: Any = step) -> State:
+                e.loop(e.index(0), d, e.width, [], step)
+                rest = b.icmp_signed("!=", b.srem(d, e.index(e.width)), e.index(0))
+                return e.branch(rest, lambda: step(b.sub(d, e.index(e.width)), []), list)
+
+            def short(turned: Any = turned) -> State:
+                """A head smaller than a vector: lanes from d on are its last column again."""
+                columns = [least(e.index(i), b.sub(d, e.index(1))) for i in range(e.width)]
+                for query, value in turned(columns):
+                    start = b.mul(query, d)
+                    e.scatter(value, [e.offset(out, b.add(start, c), ITEM[dtype]) for c in columns], dtype)
+                return []
+
+            e.branch(b.icmp_signed(">=", d, e.index(e.width)), long, short)
 
     return intrinsic([types.int64] * 4, emit)
 
 
 @cache
-def widen(dtype: str) -> Any:
-    """Numba function (source, target, count): elements of a precision to fp32."""
-
-    def emit(e: Emit, source: Value, target: Value, count: Value) -> None:
-        def body(chunk: Chunk, _: State) -> State:
-            chunk.store(chunk.load(source, dtype), target, "fp32")
-            return []
-
-        e.row(count, [], body, 4)
-
-    return intrinsic([types.int64] * 3, emit)
-
-
-@cache
 def compiled(dtype: str, rows: int, queries: int) -> Any:
-    """Numba function (q, k, v, out, scratch, scratch size, heads, group, sq, sk, d, causal, block, factor, slots)."""
-    form, item, wide = Format(dtype, 1), ITEM[dtype], dtype == "fp32"
-    fp32 = Format("fp32", 1)
-    pack_q, start, softmax, finish = pack(form, queries, True), begin(queries), soften(queries), end(queries, dtype)
-    multiply, single = tile(fp32, rows, queries, packed=False), tile(fp32, 1, queries, packed=False)
-    convert = widen(dtype)
+    """Numba function (q, k, v, out, scratch, scratch size, heads, group, sq, sk, d, causal, block, tiles, factor, slots)."""
+    form, item = Format(dtype, 1), ITEM[dtype]
+    panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
+    pack_q, pack_k, pack_v = pack(form, queries, True), pack(form, panel, True), pack(form, panel, False)
+    start, finish, softmax = begin(queries), end(queries, dtype), soften(queries, 5 if dtype == "fp32" else 4)
+    multiply, fetch = tile(Format("fp32", 1), rows, queries, panel), touch()
 
-    @jit("void(" + ", ".join(["int64"] * 13) + ", float32, int64)")
+    @jit("void(" + ", ".join(["int64"] * 14) + ", float32, int64)")
     def attention(  # type: ignore[no-untyped-def]
-        q, k, v, out, scratch, size, heads, group, sq, sk, d, causal, block, factor, slots
+        q, k, v, out, scratch, size, heads, group, sq, sk, d, causal, block, tiles, factor, slots
     ):
-        tiles = (sq + queries - 1) // queries
+        every = (sq + queries - 1) // queries
+        parts = (every + tiles - 1) // tiles
+        columns, tall = (d + panel - 1) // panel * panel, (block + panel - 1) // panel * panel
+        each = (d + columns + 2) * queries * 4
         for slot in prange(slots):
-            packed = scratch + slot * size
-            sums = packed + d * queries * 4
-            scores = sums + (d + 2) * queries * 4
-            wide_k = scores + block * queries * 4
-            wide_v = wide_k + block * d * 4
-            for task in range(slot, heads * tiles, slots):
-                head, first = task // tiles, task % tiles * queries
-                valid = min(queries, sq - first)
-                place = (head * sq + first) * d * item
-                pack_q(q + place, packed, valid, d, d)
-                start(packed, d, factor, sums)
-                shift = first + sk - sq if causal else sk
-                stop = max(0, min(sk, shift + valid)) if causal else sk
+            own = scratch + slot * size
+            scores = own + tiles * each
+            k_pack = scores + tall * queries * 4
+            v_pack = k_pack + tall * d * 4
+            for task in range(slot, heads * parts, slots):
+                head, begin_tile = task // parts, task % parts * tiles
+                end_tile = min(begin_tile + tiles, every)
+                for t in range(begin_tile, end_tile):
+                    first, packed = t * queries, own + (t - begin_tile) * each
+                    pack_q(q + (head * sq + first) * d * item, packed, min(queries, sq - first), d, d)
+                    start(packed, d, factor, packed + d * queries * 4)
+                stop = max(0, min(sk, min(end_tile * queries, sq) + sk - sq)) if causal else sk
                 for key in range(0, stop, block):
                     keys = min(block, stop - key)
                     here = (head // group * sk + key) * d * item
-                    k_block, v_block = k + here, v + here
-                    if not wide:
-                        convert(k_block, wide_k, keys * d)
-                        convert(v_block, wide_v, keys * d)
-                        k_block, v_block = wide_k, wide_v
-                    for r in range(0, keys - rows + 1, rows):
-                        multiply(k_block + r * d * 4, packed, scores + r * queries * 4, d, d * 4, 4, 0)
-                    for r in range(keys // rows * rows, keys):
-                        single(k_block + r * d * 4, packed, scores + r * queries * 4, d, d * 4, 4, 0)
-                    last = shift + valid - 1 - key if causal else keys
-                    softmax(scores, keys, sums, d, shift - key, last)
-                    for column in range(0, d, rows):
-                        output = sums + (column + 2) * queries * 4
-                        multiply(v_block + column * 4, scores, output, keys, 4, d * 4, 1)
-                finish(sums, d, out + place, valid)
+                    for r in range(0, keys, panel):
+                        pack_k(k + here + r * d * item, k_pack + r * d * 4, min(panel, keys - r), d, d)
+                    for c in range(0, columns, panel):
+                        pack_v(v + here + c * item, v_pack + c * keys * 4, min(panel, d - c), d, keys)
+                    ahead = block * d * item if key + block < stop else 0
+                    share = (ahead // (end_tile - begin_tile) + LINE - 1) // LINE * LINE
+                    for t in range(begin_tile, end_tile):
+                        fetch(k + here + ahead + (t - begin_tile) * share, share)
+                        fetch(v + here + ahead + (t - begin_tile) * share, share)
+                        first = t * queries
+                        limit = first + sk - sq - key if causal else keys  # the last key that lane 0 sees
+                        last = limit + min(queries, sq - first) - 1 if causal else keys
+                        seen = min(keys, last + 1)
+                        if seen > 0:
+                            packed = own + (t - begin_tile) * each
+                            sums = packed + d * queries * 4
+                            for r in range(0, seen, rows):
+                                left = k_pack + (r // panel * panel * d + r % panel) * 4
+                                multiply(left, packed, scores + r * queries * 4, d, 0)
+                            softmax(scores, seen, sums, d, limit, last)
+                            for c in range(0, d, rows):
+                                left = v_pack + (c // panel * panel * keys + c % panel) * 4
+                                multiply(left, scores, sums + (c + 2) * queries * 4, seen, 1)
+                for t in range(begin_tile, end_tile):
+                    first = t * queries
+                    sums = own + (t - begin_tile) * each + d * queries * 4
+                    finish(sums, d, out + (head * sq + first) * d * item, min(queries, sq - first))
 
     return attention
 
@@ -248,30 +282,31 @@ def compiled(dtype: str, rows: int, queries: int) -> Any:
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [b, h, sq, d], q: [b, h, sq, d], k, v: [b, hkv, sk, d]), all contiguous.
 
-    One task: `queries` rows of one head against all keys. With queries in lanes, k and v are read as they
-    lie in memory (one number for all lanes), and maximum, total and rescaling need no sums across lanes.
-
-    Raises:
-        UsageError: the head size is no multiple of 8, or less than a vector.
+    One task: `query_tiles` tiles of queries of one head against all keys. With queries in lanes, k and v are
+    read one number for all lanes, and maximum, total and rescaling need no sums across lanes. A block of k
+    and v is packed (and widened) once for all tiles of the task.
     """
     require(problem.precision)
     heads, group = problem["b"] * problem["h"], problem["h"] // problem["hkv"]
     sq, sk, d = problem["sq"], problem["sk"], problem["d"]
+    causal = int(bool(problem.flag("causal")) and sq > 1)  # bottom right: a single query sees every key
+    if not causal:  # the heads that share k and v lie one after the other: more queries of one head
+        heads, group, sq = heads // group, 1, sq * group
     rows, queries = (int(side) for side in config["tile"].split("x"))
-    if d % 8 or d < vector_width():
-        raise UsageError(f"d must be a multiple of 8 and at least {vector_width()}, not {d}")
     kernel = compiled(problem.precision, rows, queries)
-    block = min(config["block_k"], sk)
-    words = (2 * d + 2 + block) * queries + (0 if problem.precision == "fp32" else 2 * block * d)
+    block, every = min(config["block_k"], sk), -(-sq // queries)
+    tiles = min(config["query_tiles"], -(-every // -(-threads() // heads)))
+    columns, tall = (-(-size // rows) * rows + vector_width() for size in (d, block))  # padded panels fit
+    words = tiles * (d + columns + 2) * queries + tall * (queries + d) + columns * block
     size = -(-words // 16) * 64  # bytes, whole cache lines
-    slots = min(heads * -(-sq // queries), threads() * config["tasks_per_thread"])
+    slots = min(heads * -(-every // tiles), threads())
     scratch = torch.empty(slots * size // 4, dtype=torch.float32)
-    causal, factor = int(bool(problem.flag("causal"))), LOG2E / math.sqrt(d)
+    factor = LOG2E / math.sqrt(d)
 
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
         kernel(
             *(t.data_ptr() for t in (q, k, v, out, scratch)),
-            *(size, heads, group, sq, sk, d, causal, block, factor, slots),
+            *(size, heads, group, sq, sk, d, causal, block, tiles, factor, slots),
         )
 
     return run

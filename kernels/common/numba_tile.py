@@ -1,12 +1,13 @@
 """Register tiles for matrix products in Numba: packed operands of 4-byte words and the kernel that multiplies them.
 
-A word holds what one lane takes in one step: an fp32 number, two bf16 (`vdpbf16ps`) or four int8
-(`vpdpbusd`). Panels are [words of k][rows of the panel], so that every format has the same tile kernel;
+A word holds what one lane takes in one step: an fp32 number, two bf16 (`vdpbf16ps`), two int8 as 16 bits
+(`pmaddwd`) or four int8 (`vpdpbusd`). Panels are [words of k][rows of the panel], so that every format has the same tile kernel;
 16-bit formats without an instruction of their own are widened to fp32 while they are packed.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from rooftune.kernels.common.numba import (
     I16,
     I32,
     ITEM,
+    LINE,
     Emit,
     State,
     Value,
@@ -61,6 +63,12 @@ def dot_formats() -> tuple[str, ...]:
     return tuple(dtype for dtype, feature in names.items() if wide and feature in features())
 
 
+def int8_pairs() -> bool:
+    """Whether this CPU multiplies pairs of 16-bit numbers and adds them to 32 bits (`pmaddwd`: exact on int8)."""
+    needed = {4: "sse2", 8: "avx2", 16: "avx512bw"}
+    return needed[vector_width()] in features() and platform.machine() in ("x86_64", "AMD64")
+
+
 def dot_is_fast(dtype: str) -> bool:
     """Intel's `vdpbf16ps` has a quarter of the rate of AMD's (84 against 477 GFLOP/s measured on an Emerald
     Rapids and a Zen 5 core), half that of fp32; `vpdpbusd` is fast on both."""
@@ -70,7 +78,7 @@ def dot_is_fast(dtype: str) -> bool:
 def format_of(dtype: str, dot: bool) -> Format:
     """Words of a precision, for the dot-product instruction or widened."""
     if dtype == "int8":
-        return Format("int8", 4 if dot else 1, "int32", unsigned_a=dot)
+        return Format("int8", 4 if dot else 2 if int8_pairs() else 1, "int32", unsigned_a=dot)
     return Format(dtype, 2 if dot else 1)
 
 
@@ -78,6 +86,8 @@ def _element(e: Emit, form: Format, value: Value) -> Value:
     """A stored scalar or vector as (part of) words: fp32 bits, or integers of 32 bits."""
     b, vector = e.builder, isinstance(value.type, ir.VectorType)
     ints = ir.VectorType(I32, value.type.count) if vector else I32
+    if form.steps == 2 and form.dtype == "int8":
+        value = b.sext(value, ir.VectorType(I16, value.type.count) if vector else I16)
     if form.steps > 1:
         return b.zext(value, ints)
     if form.accumulator == "int32":
@@ -94,6 +104,17 @@ def _join(e: Emit, form: Format, parts: State) -> Value:
         count = part.type.count if isinstance(part.type, ir.VectorType) else 0
         word = b.or_(word, b.shl(part, e.broadcast(shift, count) if count else shift))
     return word
+
+
+def _words(e: Emit, form: Format, address: Value) -> Value:
+    """A vector of words whose steps of k lie side by side in memory."""
+    b, item, kind = e.builder, ITEM[form.dtype], STORED[form.dtype]
+    if form.raw:
+        return e.load_raw(address, e.ints, item)
+    value = e.load_raw(address, ir.VectorType(kind, e.width * form.steps), item)
+    if form.steps == 1:
+        return _element(e, form, value)
+    return b.bitcast(b.sext(value, ir.VectorType(I16, e.width * form.steps)), e.ints)
 
 
 def _flip(e: Emit, word: Value) -> Value:
@@ -181,10 +202,7 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False) -> Any:
                 lanes = min(e.width, size - first)
                 rows = []
                 for i in range(first, first + lanes):
-                    where = address(clamp(e.index(i)), j)
-                    vector = ir.VectorType(I32 if form.raw else kind, e.width)
-                    value = e.load_raw(where, vector, item)
-                    rows.append(finish(value if form.raw else _element(e, form, value)))
+                    rows.append(finish(_words(e, form, address(clamp(e.index(i)), j))))
                 rows += [rows[-1]] * (e.width - lanes)
                 for step, row in enumerate(transpose(e, rows)):
                     if lanes < e.width:
@@ -211,26 +229,31 @@ def multiply_add(e: Emit, form: Format) -> Callable[[Value, Value, Value], Value
         return lambda x, y, total: e.call("llvm.x86.avx512bf16.dpbf16ps.512", e.vector, (total, y, x))
     if form.steps == 4:
         return lambda x, y, total: e.call("llvm.x86.avx512.vpdpbusd.512", e.ints, (total, x, y))
+    if form.steps == 2:
+        halves = ir.VectorType(I16, 2 * e.width)
+        name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[e.width]
+
+        def pairs(x: Value, y: Value, total: Value) -> Value:
+            return b.add(total, e.call(f"llvm.x86.{name}", e.ints, (b.bitcast(x, halves), b.bitcast(y, halves))))
+
+        return pairs
     return lambda x, y, total: b.add(total, b.mul(x, y))
 
 
 @cache
-def tile(form: Format, rows: int, columns: int, packed: bool = True) -> Any:
-    """Numba function (a, b, c, words, row_stride, step_stride, add): c (+)= a b on one register tile.
+def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1) -> Any:
+    """Numba function (a, b, c, words, add): c (+)= a b on one register tile.
 
-    a: words at a + i * row_stride + k * step_stride bytes (packed: 4 and 4 * rows, known when compiled);
-    b: packed [words][columns]; c: [rows][columns] of accumulators, added to if `add` is not 0.
+    a: packed [words][panel], of which `rows` from the address on are multiplied; b: packed [words][columns];
+    c: [rows][columns] of accumulators, added to if `add` is not 0. `panel` is `rows` unless given; `unroll`
+    steps of k are one round of the loop.
     """
 
-    def emit(
-        e: Emit, a: Value, b_panel: Value, c: Value, words: Value, row_stride: Value, step_stride: Value, add: Value
-    ) -> None:
+    def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value) -> None:
         b, vectors = e.builder, columns // e.width
         kind = e.vector if form.accumulator == "fp32" else e.ints
         madd = multiply_add(e, form)
-        if packed:
-            row_stride, step_stride = e.index(WORD), e.index(WORD * rows)
-        starts = [b.add(a, b.mul(row_stride, e.index(i))) for i in range(rows)]
+        starts = [b.add(a, e.index(i * WORD)) for i in range(rows)]
         places = [[b.add(c, e.index((i * columns + v * e.width) * WORD)) for v in range(vectors)] for i in range(rows)]
         flat = [place for row in places for place in row]
         zero = ir.Constant(kind, [0.0 if kind is e.vector else 0] * e.width)
@@ -241,7 +264,7 @@ def tile(form: Format, rows: int, columns: int, packed: bool = True) -> Any:
         )
 
         def step(k: Value, sums: list[Value]) -> State:
-            behind = b.mul(k, step_stride)
+            behind = b.mul(k, e.index(WORD * (panel or rows)))
             base = e.offset(b_panel, k, columns * WORD)
             right = [e.load_raw(b.add(base, e.index(v * e.width * WORD)), e.ints, WORD) for v in range(vectors)]
             out = []
@@ -250,8 +273,29 @@ def tile(form: Format, rows: int, columns: int, packed: bool = True) -> Any:
                 out += [madd(word, right[v], sums[i * vectors + v]) for v in range(vectors)]
             return out
 
-        _, sums = e.loop(e.index(0), words, 1, start, step)
+        def several(k: Value, sums: State) -> State:
+            for u in range(unroll):
+                sums = step(b.add(k, e.index(u)), list(sums))
+            return sums
+
+        done, sums = e.loop(e.index(0), words, unroll, start, several)
+        if unroll > 1:
+            _, sums = e.loop(done, words, 1, sums, step)
         for place, value in zip(flat, sums, strict=True):
             e.store_raw(value, place, WORD)
 
-    return intrinsic([types.int64] * 7, emit)
+    return intrinsic([types.int64] * 5, emit)
+
+
+@cache
+def touch(write: bool = False) -> Any:
+    """Numba function (address, bytes): bring these lines of memory near, to be read (L2) or written (L1)."""
+
+    def emit(e: Emit, address: Value, count: Value) -> None:
+        def line(at: Value, _: State) -> State:
+            e.prefetch(e.builder.add(address, at), write)
+            return []
+
+        e.loop(e.index(0), count, LINE, [], line)
+
+    return intrinsic([types.int64] * 2, emit)
