@@ -1,7 +1,8 @@
 """CUDA C++ for compute capability 9.0: TMA, wgmma, clusters, warp-specialised persistent blocks.
 
 Emulated down to swizzled shared memory, barrier phases, clusters and late or early completion; it has not
-run on hardware. `swap_ab` multiplies the transposed product, for few rows; `split_k` adds a second kernel.
+run on hardware. `swap_ab` multiplies the transposed product, for few rows; `split_k` adds a second kernel;
+int8 operands that are not stored along k are transposed first, by a kernel of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.common import cupy as cuda
-from rooftune.kernels.common.cupy_tensormap import Layout, bind, layout
+from rooftune.kernels.common.cupy_tensormap import ALIGNMENT, Layout, bind, layout
 
 DEVICES = ("cuda",)
 PRECISIONS = ("fp16", "bf16", "fp8", "int8")
@@ -47,9 +48,10 @@ def _cluster(config: Config) -> tuple[int, int]:
 
 
 def _along_k(config: Config, problem: Problem) -> tuple[bool, bool]:
-    """Whether the left and the right operand are stored along k."""
+    """Whether the left and the right operand are stored along k when the main kernel gets them."""
     ta, tb = problem.flag("transpose", "nn")
-    a, b = ta == "n", tb == "t"
+    transposed = problem.precision == "int8"
+    a, b = ta == "n" or transposed, tb == "t" or transposed
     return (b, a) if config["swap_ab"] else (a, b)
 
 
@@ -189,6 +191,30 @@ def _reduce(problem: Problem, config: Config) -> cuda.Kernel:
     return cuda.Kernel(Path(__file__).with_suffix(".reduce.cu"), "reduce_kernel", tuple(macros.items()), REDUCE_THREADS)
 
 
+def _transposed(problem: Problem, compiled: Callable[[cuda.Kernel], cuda.Launch], device: str, which: int) -> Run:
+    """along_k(operand): operand 0 (a) or 1 (b) of an int8 product as stored along k, by a kernel if it is not.
+
+    Raises:
+        UsageError: lines of it are no multiples of 16 bytes.
+    """
+    import torch
+
+    if problem.precision != "int8" or problem.flag("transpose", "nn")[which] == "nt"[which]:
+        return lambda operand: operand
+    lines, length = problem["k"], problem["mn"[which]]
+    if length % 4 or lines % ALIGNMENT:
+        raise UsageError(f"gemm/cupy_wgmma transposes int8 of sizes in multiples of {ALIGNMENT}, not {lines} x {length}")
+    launch = compiled(cuda.Kernel(Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (), 256, 64 * 68))
+    result = torch.empty((length, lines), dtype=torch.int8, device=device)
+    grid = -(-lines // 64) * -(-length // 64)
+
+    def along_k(operand: Any) -> Any:
+        launch(grid, result, operand, lines, length)
+        return result
+
+    return along_k
+
+
 def _layouts(problem: Problem, config: Config) -> tuple[Layout, Layout, Layout | None]:
     """Tensor maps of the left operand, the right one, and c if it is stored by one.
 
@@ -197,8 +223,6 @@ def _layouts(problem: Problem, config: Config) -> tuple[Layout, Layout, Layout |
     """
     m, n, k = (problem[x] for x in "mnk")
     size, f = cuda.bytes_in(problem), FORMATS[problem.precision]
-    if size != 2 and problem.flag("transpose", "nn") != "nt":
-        raise UsageError(f"wgmma reads {problem.precision} along k only: gemm/cupy_wgmma needs transpose=nt")
     extents = (n, m) if config["swap_ab"] else (m, n)
     made = []
     for extent, block, along_k, sharers in zip(
@@ -234,12 +258,14 @@ def _runner(
     if split > 1:
         partial = torch.empty((split, m, n), dtype=torch.int32 if integers else torch.float32, device=device)
         reduce = compiled(_reduce(problem, config))
+    a_along_k, b_along_k = (_transposed(problem, compiled, device, which) for which in (0, 1))
     reduce_grid = -(-m * n // (REDUCE_THREADS * cuda.chunk(n, 4)))
 
     def run(out: Any, a: Any, b: Any, *rest: Any) -> None:
         scales = rest[:2] if scaled else (None, None)
         added = rest[2:] if scaled else rest
         bias = added[0] if added else None
+        a, b = a_along_k(a), b_along_k(b)
         operands = (b, a) if config["swap_ab"] else (a, b)
         maps = bind(operands[0], left), bind(operands[1], right)
         # without a tensor store the third map is not used: any will do

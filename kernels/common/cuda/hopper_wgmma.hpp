@@ -66,6 +66,16 @@ void multiply_rows(Acc* values, const std::array<const unsigned*, WARP>& a, uint
   }
 }
 
+// Run what was issued so far, in order; registers still change at the wait only.
+inline void catch_up(TensorWarp& warp) {
+  const auto run = [](std::vector<Issued>& products) {
+    for (Issued& product : products)
+      if (product.run) std::exchange(product.run, nullptr)();
+  };
+  for (auto& group : warp.groups) run(group);
+  run(warp.issued);
+}
+
 template <int F, int N, int TRANS_A, int TRANS_B, class Acc> void issue(Operands mine) {
   if (!tensor_warp().fenced) fail("thread %u: wgmma without wgmma.fence after its registers were free", fiber().index);
   collective("wgmma", 0xffffffffu, &mine, [](void** slots) {
@@ -97,14 +107,13 @@ template <int F, int N, int TRANS_A, int TRANS_B, class Acc> void issue(Operands
     auto run = [=] {
       multiply_rows<F, N, TRANS_A, TRANS_B>(values, a, first.left, first.right, first.add != 0, shared, row);
     };
-    if (late()) return warp.issued.push_back({first.d, run});
-    run();
-    warp.issued.push_back({first.d, [] {}});
+    warp.issued.push_back({first.d, run});
+    if (!late()) catch_up(warp);
   });
 }
 
 inline void complete(TensorWarp& warp, const Issued& product) {
-  product.run();
+  if (product.run) product.run();
   Shadow& shadow = warp.shadows[product.key];
   if (--shadow.products) return;
   for (unsigned lane = 0; lane < WARP; lane++)
