@@ -159,10 +159,10 @@ def hopper_resources(kernel: Kernel, arch: str) -> Resources:
 
     Raises:
         RuntimeError: it does not use them, or ptxas gave up on what makes them fast: it serializes wgmma whose
-            registers are touched too early (C7510 to C7519), or ignores setmaxnreg (C7508).
+            registers are touched too early (C7510, C7514), or ignores setmaxnreg (C7508).
     """
     _, log, ptx = compile_cubin(kernel, arch)
-    if wrong := re.search(r".*(?:C75\d\d|serializ|setmaxnreg ignored).*", log):
+    if wrong := re.search(r".*(?:C7508|C751[04]|are serialized|setmaxnreg ignored).*", log):
         raise RuntimeError(f"ptxas on {kernel.source.name}: {wrong[0].strip()}")
     for needed in ("wgmma.mma_async", "cp.async.bulk.tensor", "mbarrier.try_wait"):
         if needed not in ptx:

@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(256)
   Vec<Out, VEC> result;
   if constexpr (PRECISION == INT8) {
 #pragma unroll
-    for (int i = 0; i < VEC; i++) result.v[i] = sum[i];
+    for (int i = 0; i < VEC; i++) result.v[i] = Convert<Out>::from(sum[i]);
   } else {
     const float scale = PRECISION == FP8 ? *scale_a * *scale_b : 1.0f;
     Vec<Out, VEC> added = {};

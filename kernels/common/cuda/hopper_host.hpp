@@ -79,6 +79,7 @@ inline void arrive(Block& b, unsigned offset, long bytes, const char* what) {
 
 inline unsigned shared_address(const void* p) { return host::offset_of(p); }
 inline void require_alignment(const char*) {}
+inline char* renew(char* p) { return p; }
 
 inline void barrier_init(Barrier* barrier, unsigned count) {
   const unsigned at = host::offset_of(barrier);
