@@ -32,6 +32,7 @@ from rooftune.kernels.common.cupy_kernel import (
     pointer,
     put,
 )
+from rooftune.kernels.common.cupy_tensormap import TensorMap, encoded
 
 __all__ = [
     "PRECISION_CODE",
@@ -45,6 +46,8 @@ __all__ = [
     "chunk",
     "device",
     "host",
+    "hopper_resources",
+    "require_arch",
     "resources",
     "thread_order",
 ]
@@ -85,22 +88,24 @@ def toolchain() -> str:
         raise Unavailable(f"NVRTC is not usable ({error}); install nvidia-cuda-nvrtc") from error
 
 
-def compile_cubin(kernel: Kernel, arch: str) -> tuple[Path, str]:
-    """Machine code for an architecture such as `sm_90a`, and ptxas' report. No driver is needed.
+def compile_cubin(kernel: Kernel, arch: str) -> tuple[Path, str, str]:
+    """Machine code for an architecture such as `sm_90a`, ptxas' report, and the PTX. No driver is needed.
 
     Raises:
         RooftuneError: the source does not compile for it. Unavailable: no NVRTC.
     """
     target = cache_dir() / f"{kernel.key(toolchain(), arch)}.cubin"
-    report = target.with_suffix(".log")
-    if not (target.exists() and report.exists()):
+    report, text = target.with_suffix(".log"), target.with_suffix(".ptx")
+    if not (target.exists() and report.exists() and text.exists()):
         nvrtc, program, log = _nvrtc(kernel, arch, "--ptxas-options=-v")
         try:
+            ptx = nvrtc.getPTX(program)
+            put(text, ptx if isinstance(ptx, bytes) else ptx.encode())
             put(report, log.encode())
             put(target, bytes(nvrtc.getCUBIN(program)))
         finally:
             nvrtc.destroyProgram(program)
-    return target, report.read_text()
+    return target, report.read_text(), text.read_text()
 
 
 def _disassemble(cubin: Path) -> str:
@@ -119,22 +124,22 @@ def _disassemble(cubin: Path) -> str:
     return ""
 
 
-def _matrix_instructions(kernel: Kernel, arch: str, cubin: Path) -> tuple[str, ...]:
+def _matrix_instructions(cubin: Path, ptx: str) -> tuple[str, ...]:
     """Tensor-core instructions: of the machine code if it can be read, else of the PTX it was made from."""
     found = re.findall(r"\b((?:HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA)(?:\.\w+)*)", _disassemble(cubin))
-    if not found:
-        nvrtc, program, _ = _nvrtc(kernel, arch.replace("sm_", "compute_"))
-        try:
-            ptx = nvrtc.getPTX(program)
-        finally:
-            nvrtc.destroyProgram(program)
-        found = re.findall(r"\b((?:mma\.sync|wgmma\.mma_async)[.\w]*)", ptx if isinstance(ptx, str) else ptx.decode())
+    found = found or re.findall(r"\b((?:mma\.sync|wgmma\.mma_async)[.\w]*)", ptx)
     return tuple(sorted(set(found)))
+
+
+def require_arch(arch: str, needed: str, who: str) -> None:
+    """Raises UsageError if it is another architecture: wgmma exists on sm_90a only."""
+    if arch != needed:
+        raise UsageError(f"{who} is made of instructions of {needed}, which {arch} does not have")
 
 
 def resources(kernel: Kernel, arch: str) -> Resources:
     """Registers a thread, spilled bytes a thread, shared bytes a block, tensor-core instructions."""
-    cubin, log = compile_cubin(kernel, arch)
+    cubin, log, ptx = compile_cubin(kernel, arch)
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     static = re.search(r"(\d+) bytes smem", log)
@@ -143,10 +148,26 @@ def resources(kernel: Kernel, arch: str) -> Resources:
         registers=int(registers[1]) if registers else None,
         spill_bytes=max(map(int, spills)) if spills else None,
         shared_bytes=kernel.shared_bytes + (int(static[1]) if static else 0),
-        tensor_core=_matrix_instructions(kernel, arch, cubin),
+        tensor_core=_matrix_instructions(cubin, ptx),
         toolchain=toolchain(),
         threads=kernel.threads,
     )
+
+
+def hopper_resources(kernel: Kernel, arch: str) -> Resources:
+    """As `resources`, of a kernel that lives from wgmma and TMA.
+
+    Raises:
+        RuntimeError: it does not use them, or ptxas gave up on what makes them fast: it serializes wgmma whose
+            registers are touched too early (C7510, C7514), or ignores setmaxnreg (C7508).
+    """
+    _, log, ptx = compile_cubin(kernel, arch)
+    if wrong := re.search(r".*(?:C7508|C751[04]|are serialized|setmaxnreg ignored).*", log):
+        raise RuntimeError(f"ptxas on {kernel.source.name}: {wrong[0].strip()}")
+    for needed in ("wgmma.mma_async", "cp.async.bulk.tensor", "mbarrier.try_wait"):
+        if needed not in ptx:
+            raise RuntimeError(f"{kernel.source.name} compiles to no {needed}")
+    return resources(kernel, arch)
 
 
 # ---- on the GPU ----
@@ -183,7 +204,7 @@ def device(kernel: Kernel) -> Launch:
     limit = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
     if kernel.shared_bytes > limit:
         raise UsageError(f"needs {kernel.shared_bytes} bytes of shared memory a block; this device has {limit}")
-    cubin, _ = compile_cubin(kernel, current_arch())
+    cubin = compile_cubin(kernel, current_arch())[0]
     torch.cuda.current_stream()  # makes torch's context, which CuPy then shares
     with cupy.cuda.Device(index):
         raw = cupy.RawModule(path=str(cubin)).get_function(kernel.entry)
@@ -193,6 +214,8 @@ def device(kernel: Kernel) -> Launch:
     block = (kernel.threads, 1, 1)
 
     def value(arg: Any) -> Any:
+        if isinstance(arg, TensorMap):
+            return encoded(arg)
         if isinstance(arg, int):
             return np.int32(arg)
         if isinstance(arg, float):

@@ -17,6 +17,7 @@ from typing import Any
 
 from rooftune.core import RooftuneError, Unavailable, UsageError
 from rooftune.kernels.common.cupy_kernel import HEADERS, Kernel, Launch, cache_dir, first_errors, pointer, put
+from rooftune.kernels.common.cupy_tensormap import BYTES, TensorMap, emulated
 
 ORDERS = ("forward", "reverse", "random")
 
@@ -83,6 +84,8 @@ def host(kernel: Kernel) -> Launch:
     function.restype = None
 
     def value(arg: Any) -> Any:
+        if isinstance(arg, TensorMap):
+            return ctypes.create_string_buffer(emulated(arg), BYTES)
         if isinstance(arg, int):
             return ctypes.c_int(arg)
         if isinstance(arg, float):

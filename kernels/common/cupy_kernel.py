@@ -12,7 +12,7 @@ from typing import Any
 
 from rooftune.core import PRECISIONS, Config, Problem, Unavailable, UsageError
 
-Launch = Callable[..., None]  # launch(grid, *args): args are tensors, None (no pointer), int (int32) or float
+Launch = Callable[..., None]  # launch(grid, *args): args: tensor, None (no pointer), int (int32), float, TensorMap
 
 HEADERS = Path(__file__).parent / "cuda"
 PRECISION_CODE = {"fp32": 0, "tf32": 1, "fp16": 2, "bf16": 3, "int8": 4, "fp8": 5}  # rt::Precision

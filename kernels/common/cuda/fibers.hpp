@@ -1,17 +1,20 @@
 // One fiber per CUDA thread: the scheduler under the host emulation.
 //
-// Blocks run one after another. A thread runs until it meets a barrier or a warp collective that others
-// have not reached, then the next one runs; the order of threads is forward, reverse, or shuffled anew in
-// every pass, so a result that depends on it (a missing barrier) shows as a difference. When nobody can
-// go on, the process says where everybody stands and aborts.
+// Clusters of blocks (usually of one) run one after another. A thread runs until it meets a barrier or a
+// warp collective that others have not reached, then the next one runs; the order of threads is forward,
+// reverse, or shuffled anew in every pass, so a result that depends on it (a missing barrier) shows as a
+// difference. Between two passes one operation of the asynchronous hardware, if any is under way, takes
+// effect. When nobody can go on, the process says where everybody stands and aborts.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -30,6 +33,7 @@ constexpr unsigned WARP = 32;
 constexpr size_t STACK_BYTES = 128 << 10;  // accumulators and fragments of a thread take some KiB
 constexpr size_t SHARED_BYTES = 232448;    // the most a block may have on compute capability 9.0
 constexpr size_t FENCE_BYTES = 1024;       // behind the shared memory: a write there is an error
+constexpr unsigned MAX_CLUSTER = 8;        // blocks; more is not portable
 constexpr int POISON = 0xFF;               // every byte: NaN in each float format, -1 in integers
 
 [[noreturn]] inline void fail(const char* format, ...) {
@@ -90,41 +94,80 @@ inline void prepare(Context& context, char* stack, void (*entry)()) {
 }
 #endif
 
-enum class State : unsigned char { ready, at_block_barrier, at_warp_collective, done };
+enum class State : unsigned char { ready, at_block_barrier, at_warp_collective, waiting, done };
 enum class Order : int { forward, reverse, random };
 
 struct Copy { char* target; const char* source; int bytes; };  // no source: zeros
 
+struct Block;
+struct Range { const char* from; size_t bytes; };
+
 struct Fiber {
   Context context;
+  Block* block = nullptr;
   std::unique_ptr<char[]> stack;
   unsigned index = 0;
   State state = State::ready;
-  const char* at = "";          // the warp collective this thread waits in
+  const char* at = "";          // the warp collective, or what else this thread waits for
   unsigned mask = 0;            // the lanes it expects there
   void* slot = nullptr;         // what it brings, on its own stack
   std::vector<std::vector<Copy>> groups;  // asynchronous copies under way, oldest first
   std::vector<Copy> issued;               // not yet committed
+  std::vector<Range> unfenced;            // shared memory it wrote that the asynchronous hardware may not see yet
 };
+
+// A barrier that threads reach one by one: who waits at it, and how many came without waiting.
+struct Meeting { std::vector<Fiber*> waiting; unsigned arrived = 0; };
+struct Hardware;  // what of the asynchronous hardware belongs to a block (hopper_host.hpp)
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<unsigned> waiting;  // per warp: lanes that have arrived at a collective
-  unsigned threads = 0, live = 0, at_barrier = 0, index = 0, grid = 0;
+  unsigned threads = 0, live = 0, at_barrier = 0, index = 0, grid = 0, rank = 0;
+  std::map<unsigned, Meeting> named;  // barriers by number
+  std::shared_ptr<Hardware> hardware;
+  alignas(1024) char shared[SHARED_BYTES + FENCE_BYTES];
+};
+
+// The cluster that runs.
+struct Pool {
+  std::vector<std::unique_ptr<Block>> blocks;
   Fiber* current = nullptr;
   Context scheduler;
   std::function<void()> body;
-  alignas(1024) char shared[SHARED_BYTES + FENCE_BYTES];
+  Meeting meeting;                            // of all the cluster's threads
+  std::vector<std::function<void()>> flight;  // asynchronous operations: each takes effect when called
+  long reading = 0;                           // tensor stores that may still read their shared memory
+  Order order = Order::forward;
+  uint32_t seed = 1;
+  uint32_t random() { return (seed = seed * 1664525u + 1013904223u) >> 8; }  // as in Numerical Recipes
 };
-static Block the_block;  // not inline: g++ would make it one for all libraries of a process, whatever their layout
-inline Block& block() { return the_block; }
+static Pool the_pool;  // not inline: g++ would make it one for all libraries of a process, whatever their layout
+inline Pool& pool() { return the_pool; }
+inline Fiber& fiber() { return *the_pool.current; }
+inline Block& block() { return *the_pool.current->block; }
 
 // Let others run; comes back when somebody has made this thread ready.
 inline void suspend(State state) {
-  Block& b = block();
-  Fiber& me = *b.current;
+  Fiber& me = fiber();
   me.state = state;
-  switch_to(me.context, b.scheduler);
+  switch_to(me.context, pool().scheduler);
+}
+inline void wait_for(const char* what) {
+  fiber().at = what;
+  suspend(State::waiting);
+}
+
+// Come to a meeting of `expected` threads; the last one wakes those that wait.
+inline void meet(Meeting& m, unsigned expected, const char* name, bool stay) {
+  if (++m.arrived > expected) fail("%u threads came to %s, which is for %u", m.arrived, name, expected);
+  if (m.arrived == expected) {
+    m.arrived = 0;
+    for (Fiber* f : std::exchange(m.waiting, {})) f->state = State::ready;
+  } else if (stay) {
+    m.waiting.push_back(&fiber());
+    wait_for(name);
+  }
 }
 
 inline void release_barrier_if_complete() {
@@ -139,7 +182,7 @@ inline void release_barrier_if_complete() {
 inline void block_barrier() {
   Block& b = block();
   if (++b.at_barrier < b.live) return suspend(State::at_block_barrier);
-  b.current->state = State::ready;
+  fiber().state = State::ready;
   release_barrier_if_complete();
 }
 
@@ -147,7 +190,7 @@ inline void block_barrier() {
 // outside the mask), and each goes on with what combine left in its own slot.
 template <class Combine> void collective(const char* name, unsigned mask, void* slot, Combine combine) {
   Block& b = block();
-  Fiber& me = *b.current;
+  Fiber& me = fiber();
   const unsigned lane = me.index % WARP, first = me.index - lane;
   unsigned& waiting = b.waiting[me.index / WARP];
   if (!(mask >> lane & 1)) fail("thread %u calls %s with mask %08x, which leaves it out", me.index, name, mask);
@@ -172,81 +215,121 @@ template <class Combine> void collective(const char* name, unsigned mask, void* 
 }
 
 [[noreturn]] inline void report_deadlock() {
-  Block& b = block();
-  std::string where;
-  unsigned listed = 0;
-  for (Fiber& f : b.fibers)
-    if (f.state == State::at_warp_collective && listed++ < 4)
-      where += "; thread " + std::to_string(f.index) + " at " + f.at;
-  fail("deadlock in block %u: of %u threads %u have returned, %u wait at __syncthreads, %u in a warp collective%s",
-       b.index, b.threads, b.threads - b.live, b.at_barrier, b.live - b.at_barrier, where.c_str());
+  for (auto& b : pool().blocks) {
+    if (!b->live) continue;
+    std::string where;
+    unsigned listed = 0, apart = 0;
+    for (Fiber& f : b->fibers) {
+      if (f.state == State::waiting) apart++;
+      const bool named = f.state == State::at_warp_collective || f.state == State::waiting;
+      if (named && (listed < 4 || f.index % 128 == 0) && listed++ < 8)
+        where += "; thread " + std::to_string(f.index) + " at " + f.at;
+    }
+    fail("deadlock in block %u: of %u threads %u have returned, %u wait at __syncthreads, %u in a warp collective, "
+         "%u elsewhere%s", b->index, b->threads, b->threads - b->live, b->at_barrier,
+         b->live - b->at_barrier - apart, apart, where.c_str());
+  }
+  std::abort();
 }
 
 inline void fiber_main() {
+  pool().body();
   Block& b = block();
-  b.body();
   b.live--;
-  b.current->state = State::done;
+  fiber().state = State::done;
   release_barrier_if_complete();
-  switch_to(b.current->context, b.scheduler);
+  switch_to(fiber().context, pool().scheduler);
   std::abort();  // a finished thread is never resumed
 }
 
-inline void run_block(Order order, uint32_t& seed) {
-  Block& b = block();
-  b.live = b.threads;
-  b.at_barrier = 0;
-  b.waiting.assign(b.threads / WARP, 0);
-  for (Fiber& f : b.fibers) {
-    f.state = State::ready;
-    f.groups.clear();
-    f.issued.clear();
-    prepare(f.context, f.stack.get(), fiber_main);
-  }
-  std::vector<unsigned> turn(b.threads);
-  std::iota(turn.begin(), turn.end(), 0u);
-  if (order == Order::reverse)
-    for (unsigned i = 0; i < b.threads; i++) turn[i] = b.threads - 1 - i;
-  while (b.live) {
-    if (order == Order::random)
-      for (unsigned i = b.threads - 1; i; i--) {
-        seed = seed * 1664525u + 1013904223u;  // the generator of Numerical Recipes
-        std::swap(turn[i], turn[(seed >> 8) % (i + 1)]);
-      }
-    bool progress = false;
-    for (unsigned i : turn) {
-      Fiber& f = b.fibers[i];
-      if (f.state != State::ready) continue;
-      progress = true;
-      b.current = &f;
-      switch_to(b.scheduler, f.context);
+// Let one asynchronous operation take effect: the oldest, the newest, or any one, as the order says.
+inline bool land_one() {
+  auto& flight = pool().flight;
+  if (flight.empty()) return false;
+  const size_t last = flight.size() - 1;
+  const size_t i = pool().order == Order::forward ? 0 : pool().order == Order::reverse ? last
+                   : pool().random() % flight.size();
+  auto operation = std::move(flight[i]);
+  flight.erase(flight.begin() + i);
+  operation();
+  return true;
+}
+
+inline void run_cluster() {
+  Pool& p = pool();
+  std::vector<Fiber*> turn;
+  for (auto& b : p.blocks) {
+    b->live = b->threads;
+    b->at_barrier = 0;
+    b->waiting.assign(b->threads / WARP, 0);
+    b->named.clear();
+    b->hardware.reset();
+    for (Fiber& f : b->fibers) {
+      f.state = State::ready;
+      f.groups.clear();
+      f.issued.clear();
+      f.unfenced.clear();
+      prepare(f.context, f.stack.get(), fiber_main);
+      turn.push_back(&f);
     }
-    if (b.live && !progress) report_deadlock();
   }
+  p.meeting = {};
+  if (p.order == Order::reverse) std::reverse(turn.begin(), turn.end());
+  const auto alive = [&] { return std::any_of(p.blocks.begin(), p.blocks.end(), [](auto& b) { return b->live > 0; }); };
+  while (alive()) {
+    if (p.order == Order::random)
+      for (size_t i = turn.size() - 1; i; i--) std::swap(turn[i], turn[p.random() % (i + 1)]);
+    bool progress = false;
+    for (Fiber* f : turn) {
+      if (f->state != State::ready) continue;
+      progress = true;
+      p.current = f;
+      switch_to(p.scheduler, f->context);
+    }
+    progress |= land_one();
+    if (!progress && alive()) report_deadlock();
+  }
+  if (!p.flight.empty()) fail("block %u returned with %zu asynchronous operations under way", p.blocks[0]->index,
+                              p.flight.size());
+  if (p.reading) fail("block %u returned while %ld tensor stores may still read its shared memory", p.blocks[0]->index,
+                      p.reading);
 }
 
 // Run a grid: shared memory holds POISON when a block starts, and its fence is looked at when it ends.
-inline void launch(unsigned grid, unsigned threads, size_t shared, Order order, uint32_t seed,
+inline void launch(unsigned grid, unsigned threads, unsigned cluster, size_t shared, Order order, uint32_t seed,
                    std::function<void()> body) {
-  Block& b = block();
+  Pool& p = pool();
   if (threads == 0 || threads > 1024 || threads % WARP) fail("a block of %u threads: 32 to 1024, whole warps", threads);
   if (shared > SHARED_BYTES) fail("%zu bytes of shared memory: a block may have %zu", shared, SHARED_BYTES);
-  b.fibers.resize(threads);
-  for (unsigned i = 0; i < threads; i++) {
-    b.fibers[i].index = i;
-    if (!b.fibers[i].stack) b.fibers[i].stack.reset(new char[STACK_BYTES]);
+  if (cluster == 0 || cluster > MAX_CLUSTER || grid % cluster) fail("%u blocks in clusters of %u", grid, cluster);
+  while (p.blocks.size() < cluster) p.blocks.push_back(std::make_unique<Block>());
+  p.order = order;
+  p.seed = seed;
+  p.body = std::move(body);
+  for (unsigned rank = 0; rank < cluster; rank++) {
+    Block& b = *p.blocks[rank];
+    b.fibers.resize(threads);
+    for (unsigned i = 0; i < threads; i++) {
+      b.fibers[i].index = i;
+      b.fibers[i].block = &b;
+      if (!b.fibers[i].stack) b.fibers[i].stack.reset(new char[STACK_BYTES]);
+    }
+    b.threads = threads;
+    b.grid = grid;
+    b.rank = rank;
   }
-  b.threads = threads;
-  b.grid = grid;
-  b.body = std::move(body);
-  for (b.index = 0; b.index < grid; b.index++) {
-    std::memset(b.shared, POISON, shared + FENCE_BYTES);
-    run_block(order, seed);
-    for (size_t i = shared; i < shared + FENCE_BYTES; i++)
-      if (static_cast<unsigned char>(b.shared[i]) != POISON)
-        fail("block %u wrote %zu bytes behind its %zu bytes of shared memory", b.index, i - shared + 1, shared);
+  for (unsigned first = 0; first < grid; first += cluster) {
+    for (auto& b : p.blocks) {
+      b->index = first + b->rank;
+      std::memset(b->shared, POISON, shared + FENCE_BYTES);
+    }
+    run_cluster();
+    for (auto& b : p.blocks)
+      for (size_t i = shared; i < shared + FENCE_BYTES; i++)
+        if (static_cast<unsigned char>(b->shared[i]) != POISON)
+          fail("block %u wrote %zu bytes behind its %zu bytes of shared memory", b->index, i - shared + 1, shared);
   }
-  b.fibers.clear();
+  p.blocks.clear();
 }
 
 }  // namespace rt::host

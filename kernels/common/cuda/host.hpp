@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <tuple>
 #include <type_traits>
@@ -16,13 +17,15 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 #define __shared__ static_assert(false, "use SHARED_MEMORY(name): the emulation poisons and fences it")
 #define SHARED_MEMORY(name) char* name = rt::host::block().shared
 
 namespace rt::host {
 struct Index { unsigned x; };
-inline Index thread_index() { return {block().current->index}; }
+inline Index thread_index() { return {fiber().index}; }
 }  // namespace rt::host
 #define threadIdx rt::host::thread_index()
 #define blockIdx (rt::host::Index{rt::host::block().index})
@@ -70,7 +73,7 @@ template <class T> T shuffle(const char* name, unsigned mask, T value, unsigned 
   });
   return mine.take;
 }
-inline unsigned lane() { return block().current->index % WARP; }
+inline unsigned lane() { return fiber().index % WARP; }
 }  // namespace rt::host
 template <class T> T __shfl_sync(unsigned mask, T value, int lane) {
   return rt::host::shuffle("__shfl_sync", mask, value, lane & 31);
@@ -148,16 +151,16 @@ template <int BYTES> void copy_async(void* shared, const void* global, bool insi
   if (reinterpret_cast<uintptr_t>(shared) % BYTES || (inside && reinterpret_cast<uintptr_t>(global) % BYTES))
     host::fail("thread %u: an asynchronous copy of %d bytes is not aligned to them", threadIdx.x, BYTES);
   std::memset(shared, host::POISON, BYTES);
-  host::block().current->issued.push_back(
+  host::fiber().issued.push_back(
       {static_cast<char*>(shared), inside ? static_cast<const char*>(global) : nullptr, BYTES});
 }
 inline void copy_commit() {
-  host::Fiber& me = *host::block().current;
+  host::Fiber& me = host::fiber();
   me.groups.push_back(std::move(me.issued));
   me.issued.clear();
 }
 template <int PENDING> void copy_wait() {
-  host::Fiber& me = *host::block().current;
+  host::Fiber& me = host::fiber();
   while (me.groups.size() > PENDING) {
     for (const host::Copy& c : me.groups.front()) {
       if (c.source) std::memcpy(c.target, c.source, c.bytes);
@@ -243,9 +246,12 @@ template <class... A> std::function<void()> capture(void (*kernel)(A...), void**
 }  // namespace host
 }  // namespace rt
 
+#ifndef CLUSTER_SIZE  // a macro of the kernel: blocks that are scheduled together
+#define CLUSTER_SIZE 1
+#endif
 #define ROOFTUNE_HOST_ENTRY(kernel)                                                                             \
   extern "C" void rooftune_launch(unsigned grid, unsigned threads, size_t shared, int order, unsigned seed,     \
                                   void** args) {                                                                \
-    rt::host::launch(grid, threads, shared, static_cast<rt::host::Order>(order), seed,                          \
+    rt::host::launch(grid, threads, CLUSTER_SIZE, shared, static_cast<rt::host::Order>(order), seed,            \
                      rt::host::capture(kernel, args));                                                             \
   }

@@ -1,0 +1,117 @@
+"""CUDA C++ for compute capability 9.0: FlashAttention-3 scheme on TMA and wgmma, persistent, warp-specialised.
+
+Emulated down to swizzled shared memory, barrier phases and late or early completion; it has not run on hardware.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rooftune.check import Run
+from rooftune.core import PRECISIONS as FORMATS
+from rooftune.core import Config, Problem, Resources, Space, UsageError
+from rooftune.kernels.common import cupy as cuda
+from rooftune.kernels.common.cupy_tensormap import bind, layout
+
+DEVICES = ("cuda",)
+PRECISIONS = ("fp16", "bf16")
+
+HEAD_DIMS = (64, 128, 192, 256)
+ARCH = "sm_90a"
+PANEL = 64  # elements of a swizzled line of 128 bytes
+L2_BYTES = 24 << 20  # half of an H100's: what keys and values of heads that run together may take
+
+
+def _shared_bytes(config: Config, problem: Problem) -> int:
+    """Queries, rings of keys and values, barriers."""
+    rows = config["block_m"] + 2 * config["num_stages"] * config["block_n"]
+    return int(rows * problem["d"] * 2 + 8 * (2 + 4 * config["num_stages"] + config["block_m"] // 64))
+
+
+def _fits(config: Config, problem: Problem) -> bool:
+    return _shared_bytes(config, problem) <= cuda.SHARED_LIMIT
+
+
+def _registers(config: Config, problem: Problem) -> bool:
+    """Output, scores and probabilities of a thread beside 30 others: 240 with two consumers, 160 with three."""
+    d, block_n = problem["d"], config["block_n"]
+    return d // 2 + block_n // 2 + block_n // 4 + 30 <= (160 if config["block_m"] == 192 else 240)
+
+
+def _turns(config: Config, problem: Problem) -> bool:
+    return not config["pingpong"] or config["block_m"] > 64
+
+
+def _default(problem: Problem) -> Config:
+    """128 queries and 128 keys; 192 queries at d=64; as many keys as fit at larger d. 64 queries if there are no more."""
+    d, causal = problem["d"], problem.flag("causal") == "1"
+    block_m = 64 if problem["sq"] <= 64 else 192 if d == 64 else 128
+    block_n = {64: 128, 128: 128 if causal else 176, 192: 112}.get(d, 80)
+    return {"block_m": block_m, "block_n": block_n, "num_stages": 2, "pingpong": int(block_m > 64)}
+
+
+SPACE = Space(
+    axes={
+        "block_m": (64, 128, 192),
+        "block_n": (64, 80, 96, 112, 128, 144, 160, 176, 192),
+        "num_stages": (2, 3, 4),
+        "pingpong": (0, 1),
+    },
+    where=(_fits, _registers, _turns),
+    default=_default,
+)
+
+
+def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
+    if problem["d"] not in HEAD_DIMS:
+        raise UsageError(f"attention/cupy_wgmma needs d of {', '.join(map(str, HEAD_DIMS))}, not {problem['d']}")
+    macros = {
+        "PRECISION": cuda.PRECISION_CODE[problem.precision],
+        "HEAD_DIM": problem["d"],
+        "CAUSAL": int(problem.flag("causal") == "1"),
+        **cuda.axes(config, BLOCK_M="block_m", BLOCK_N="block_n", STAGES="num_stages", PINGPONG="pingpong"),
+    }
+    threads, source = 128 * (1 + config["block_m"] // 64), Path(__file__).with_suffix(".cu")
+    return cuda.Kernel(source, "attention_kernel", tuple(macros.items()), threads, _shared_bytes(config, problem))
+
+
+def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch], blocks: int) -> Run:
+    """run(o: [b, h, sq, d], q: [b, h, sq, d], k: [b, hkv, sk, d], v: [b, hkv, sk, d]), on at most `blocks` blocks."""
+    launch = compiled(_kernel(problem, config))
+    b, h, hkv, sq, sk, d = (problem[x] for x in ("b", "h", "hkv", "sq", "sk", "d"))
+    storage, scale = FORMATS[problem.precision].storage, math.log2(math.e) / math.sqrt(d)
+    queries = layout(storage, 2, sq, d, (PANEL, config["block_m"]), b * h)
+    keys = layout(storage, 2, sk, d, (PANEL, config["block_n"]), b * hkv)
+    stored = layout(storage, 2, sq, d, (PANEL, 64), b * h)
+    grid = min(-(-sq // config["block_m"]) * b * h, blocks)
+    kv_heads = max(L2_BYTES // (4 * sk * d), 1)
+    group_heads = min(kv_heads * (h // hkv), b * h)
+
+    def run(out: Any, q: Any, k: Any, v: Any) -> None:
+        maps = bind(q, queries), bind(k, keys), bind(v, keys), bind(out, stored)
+        launch(grid, *maps, b * h, h, hkv, sq, sk, group_heads, scale)
+
+    return run
+
+
+def build(problem: Problem, config: Config) -> Run:
+    """On the current GPU, one block a multiprocessor."""
+    import torch
+
+    cuda.require_arch(cuda.current_arch(), ARCH, "attention/cupy_wgmma")
+    blocks = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return _runner(problem, config, cuda.device, blocks)
+
+
+def emulate(problem: Problem, config: Config) -> Run:
+    """The same source on CPU tensors, as if there were two multiprocessors: blocks have several tiles."""
+    return _runner(problem, config, cuda.host, 2)
+
+
+def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
+    """What the machine code takes. It must be made of wgmma and TMA, and ptxas must not serialize the products."""
+    cuda.require_arch(arch, ARCH, "attention/cupy_wgmma")
+    return cuda.hopper_resources(_kernel(problem, config), arch)

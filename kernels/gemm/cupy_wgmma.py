@@ -1,0 +1,299 @@
+"""CUDA C++ for compute capability 9.0: TMA, wgmma, clusters, warp-specialised persistent blocks.
+
+Emulated down to swizzled shared memory, barrier phases, clusters and late or early completion; it has not
+run on hardware. `swap_ab` multiplies the transposed product, for few rows; `split_k` adds a second kernel;
+int8 operands that are not stored along k are transposed first, by a kernel of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rooftune.check import Run
+from rooftune.core import PRECISIONS as FORMATS
+from rooftune.core import Config, Problem, Resources, Space, UsageError
+from rooftune.kernels.common import cupy as cuda
+from rooftune.kernels.common.cupy_tensormap import ALIGNMENT, Layout, bind, layout
+
+DEVICES = ("cuda",)
+PRECISIONS = ("fp16", "bf16", "fp8", "int8")
+
+EPILOGUES = ("none", "bias", "bias_relu", "bias_gelu")
+LINE = 128  # bytes of a swizzled line in shared memory
+ARCH = "sm_90a"
+REDUCE_THREADS = 256
+
+
+def _tile(config: Config) -> tuple[int, int]:
+    """Rows and columns of a block's tile as wgmma sees it: transposed with swap_ab."""
+    m, n = config["block_m"], config["block_n"]
+    return (n, m) if config["swap_ab"] else (m, n)
+
+
+def _groups(config: Config) -> tuple[int, int]:
+    """Consumer warpgroups, and 64-row parts of the tile that one of them has."""
+    rows = _tile(config)[0]
+    if config["schedule"] == "pingpong":
+        return 2, rows // 64
+    groups = 2 if rows == 256 else rows // 64
+    return groups, rows // 64 // groups
+
+
+def _cluster(config: Config) -> tuple[int, int]:
+    """Blocks of a cluster along the rows and the columns of `_tile`."""
+    m, n = config["cluster_m"], config["cluster_n"]
+    return (n, m) if config["swap_ab"] else (m, n)
+
+
+def _along_k(config: Config, problem: Problem) -> tuple[bool, bool]:
+    """Whether the left and the right operand are stored along k when the main kernel gets them."""
+    ta, tb = problem.flag("transpose", "nn")
+    transposed = problem.precision == "int8"
+    a, b = ta == "n" or transposed, tb == "t" or transposed
+    return (b, a) if config["swap_ab"] else (a, b)
+
+
+def _raw(config: Config, problem: Problem) -> bool:
+    """Results go to memory as they are in the accumulators, without the buffers of the tensor store."""
+    return FORMATS[problem.precision].bytes_out == 4 or config["split_k"] > 1
+
+
+def _shared_bytes(config: Config, problem: Problem) -> int:
+    """The ring, two boxes of results a consumer warpgroup, the barriers."""
+    rows, cols = _tile(config)
+    ring = config["num_stages"] * (rows + cols) * config["block_k"] * cuda.bytes_in(problem)
+    width = next(w for w in (64, 32, 16) if cols % w == 0)
+    box = 0 if _raw(config, problem) else cols * LINE if config["swap_ab"] else 64 * width * 2
+    return int(ring + 2 * _groups(config)[0] * box + 8 * (2 * config["num_stages"] + 2))
+
+
+def _rows(config: Config, problem: Problem) -> bool:
+    """wgmma has 64 rows. Two warpgroups in turn hold up to 128 rows each; one tile up to 256."""
+    rows = _tile(config)[0]
+    return rows in ((64, 128) if config["schedule"] == "pingpong" else (64, 128, 192, 256))
+
+
+def _lines(config: Config, problem: Problem) -> bool:
+    """Panels are 128 bytes wide, and each block of a cluster fetches whole groups of eight lines."""
+    size, (rows, cols) = cuda.bytes_in(problem), _tile(config)
+    if config["block_k"] * size not in (LINE, 2 * LINE):
+        return False
+    # blocks side by side share the left tile, blocks one below the other the right one
+    for extent, along_k, sharers in zip((rows, cols), _along_k(config, problem), reversed(_cluster(config)), strict=True):
+        lines = extent if along_k else config["block_k"]
+        if lines % (8 * sharers) or (not along_k and extent % 64):
+            return False
+    return True
+
+
+def _registers(config: Config, problem: Problem) -> bool:
+    """Accumulators of a consumer: 232 registers a thread, 160 with three warpgroups, less some 40 for the rest."""
+    groups, parts = _groups(config)
+    sums = parts * _tile(config)[1] // 2 * (2 if config["promote"] else 1)
+    return sums <= (192 if groups <= 2 else 112)
+
+
+def _fits(config: Config, problem: Problem) -> bool:
+    return _shared_bytes(config, problem) <= cuda.SHARED_LIMIT
+
+
+def _splits(config: Config, problem: Problem) -> bool:
+    """Every split has a tile of k; partial sums are bounded to 256 MiB."""
+    split, tiles = config["split_k"], -(-problem["k"] // config["block_k"])
+    return split == 1 or (split <= tiles and split * problem["m"] * problem["n"] * 4 <= 2**28)
+
+
+def _promotes(config: Config, problem: Problem) -> bool:
+    return not config["promote"] or problem.precision == "fp8"
+
+
+def _default(problem: Problem) -> Config:
+    """128 x 256 in pairs that share their columns; few rows: transposed, and enough splits to fill 132 blocks.
+
+    fp8 with promotion holds its sums twice: 128 x 128.
+    """
+    m, n, k = (problem[x] for x in "mnk")
+    small, promote = m <= 64, int(problem.precision == "fp8")
+    wide = 256 if m * n >= 128 * 256 * 66 and not promote else 128  # half of the multiprocessors at least
+    config = {
+        "block_m": next(r for r in (16, 32, 64) if m <= r) if small else 128,
+        "block_n": 128 if small else wide,
+        "block_k": LINE // cuda.bytes_in(problem),
+        "num_stages": 6 if small else 4 if wide == 256 else 5,
+        "cluster_m": 1 if small or m <= 128 else 2,
+        "cluster_n": 1,
+        "schedule": "cooperative",
+        "group_m": 8,
+        "split_k": 1,
+        "swap_ab": int(small),
+        "promote": promote,
+    }
+    if small and not _along_k(config, problem)[1]:
+        config["block_m"] = 64  # a stored along m comes in 64s
+    while small and config["split_k"] < 16 and -(-n // 128) * config["split_k"] * 2 <= 132:
+        if -(-k // config["block_k"]) < 8 * config["split_k"]:
+            break
+        config["split_k"] *= 2
+    return config
+
+
+SPACE = Space(
+    axes={
+        "block_m": (16, 32, 64, 128, 192, 256),
+        "block_n": (64, 96, 128, 160, 192, 256),
+        "block_k": (64, 128, 256),
+        "num_stages": (3, 4, 5, 6, 8),
+        "cluster_m": (1, 2),
+        "cluster_n": (1, 2),
+        "schedule": ("cooperative", "pingpong"),
+        "group_m": (1, 8, 16),
+        "split_k": (1, 2, 4, 8, 16),
+        "swap_ab": (0, 1),
+        "promote": (0, 1),
+    },
+    where=(_promotes, _rows, _lines, _registers, _fits, _splits),
+    default=_default,
+)
+
+
+def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
+    (rows, cols), (cluster_rows, cluster_cols) = _tile(config), _cluster(config)
+    left, right = _along_k(config, problem)
+    macros = {
+        "PRECISION": cuda.PRECISION_CODE[problem.precision],
+        "LEFT_MN": int(not left),
+        "RIGHT_MN": int(not right),
+        "EPILOGUE": EPILOGUES.index(problem.flag("epilogue", "none")),
+        "TILE_ROWS": rows,
+        "TILE_COLS": cols,
+        "CLUSTER_ROWS": cluster_rows,
+        "CLUSTER_COLS": cluster_cols,
+        "CLUSTER_SIZE": cluster_rows * cluster_cols,
+        "PINGPONG": int(config["schedule"] == "pingpong"),
+        **cuda.axes(config, BLOCK_K="block_k", STAGES="num_stages", GROUP_M="group_m", SPLIT_K="split_k"),
+        **cuda.axes(config, SWAP_AB="swap_ab", PROMOTE="promote"),
+    }
+    threads = 128 * (1 + _groups(config)[0])
+    source = Path(__file__).with_suffix(".cu")
+    return cuda.Kernel(source, "gemm_kernel", tuple(macros.items()), threads, _shared_bytes(config, problem))
+
+
+def _reduce(problem: Problem, config: Config) -> cuda.Kernel:
+    """The sum over split_k. Its loads are 16 bytes of accumulators at most."""
+    macros = {
+        "PRECISION": cuda.PRECISION_CODE[problem.precision],
+        "EPILOGUE": EPILOGUES.index(problem.flag("epilogue", "none")),
+        "SPLIT_K": config["split_k"],
+        "VEC": cuda.chunk(problem["n"], 4),
+    }
+    return cuda.Kernel(Path(__file__).with_suffix(".reduce.cu"), "reduce_kernel", tuple(macros.items()), REDUCE_THREADS)
+
+
+def _transposed(problem: Problem, compiled: Callable[[cuda.Kernel], cuda.Launch], device: str, which: int) -> Run:
+    """along_k(operand): operand 0 (a) or 1 (b) of an int8 product as stored along k, by a kernel if it is not.
+
+    Raises:
+        UsageError: lines of it are no multiples of 16 bytes.
+    """
+    import torch
+
+    if problem.precision != "int8" or problem.flag("transpose", "nn")[which] == "nt"[which]:
+        return lambda operand: operand
+    lines, length = problem["k"], problem["mn"[which]]
+    if length % 4 or lines % ALIGNMENT:
+        raise UsageError(f"gemm/cupy_wgmma transposes int8 of sizes in multiples of {ALIGNMENT}, not {lines} x {length}")
+    launch = compiled(cuda.Kernel(Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (), 256, 64 * 68))
+    result = torch.empty((length, lines), dtype=torch.int8, device=device)
+    grid = -(-lines // 64) * -(-length // 64)
+
+    def along_k(operand: Any) -> Any:
+        launch(grid, result, operand, lines, length)
+        return result
+
+    return along_k
+
+
+def _layouts(problem: Problem, config: Config) -> tuple[Layout, Layout, Layout | None]:
+    """Tensor maps of the left operand, the right one, and c if it is stored by one.
+
+    Raises:
+        UsageError: TMA or wgmma cannot take the problem.
+    """
+    m, n, k = (problem[x] for x in "mnk")
+    size, f = cuda.bytes_in(problem), FORMATS[problem.precision]
+    extents = (n, m) if config["swap_ab"] else (m, n)
+    made = []
+    for extent, block, along_k, sharers in zip(
+        extents, _tile(config), _along_k(config, problem), reversed(_cluster(config)), strict=True
+    ):
+        if along_k:
+            made.append(layout(f.storage, size, extent, k, (LINE // size, block // sharers)))
+        else:
+            made.append(layout(f.storage, size, k, extent, (LINE // size, config["block_k"] // sharers)))
+    if _raw(config, problem):
+        return made[0], made[1], None
+    cols = _tile(config)[1]
+    box = (64, cols) if config["swap_ab"] else (next(w for w in (64, 32, 16) if cols % w == 0), 64)
+    return made[0], made[1], layout(f.out, f.bytes_out, m, n, box)
+
+
+def _runner(
+    problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch], blocks: int, device: str
+) -> Run:
+    """run(c: [m, n], a, b as stored[, scale_a: [1], scale_b: [1]][, bias: [n]]), on at most `blocks` blocks."""
+    import torch
+
+    left, right, out_layout = _layouts(problem, config)
+    launch = compiled(_kernel(problem, config))
+    m, n, k = (problem[x] for x in "mnk")
+    (rows, cols), (cluster_rows, cluster_cols) = _tile(config), _cluster(config)
+    extents = (n, m) if config["swap_ab"] else (m, n)
+    cluster, split = cluster_rows * cluster_cols, config["split_k"]
+    tiles = -(-extents[0] // (rows * cluster_rows)) * -(-extents[1] // (cols * cluster_cols)) * split
+    grid = min(tiles, max(blocks // cluster, 1)) * cluster
+    scaled, integers = problem.precision == "fp8", problem.precision == "int8"
+    partial, reduce = None, None
+    if split > 1:
+        partial = torch.empty((split, m, n), dtype=torch.int32 if integers else torch.float32, device=device)
+        reduce = compiled(_reduce(problem, config))
+    a_along_k, b_along_k = (_transposed(problem, compiled, device, which) for which in (0, 1))
+    reduce_grid = -(-m * n // (REDUCE_THREADS * cuda.chunk(n, 4)))
+
+    def run(out: Any, a: Any, b: Any, *rest: Any) -> None:
+        scales = rest[:2] if scaled else (None, None)
+        added = rest[2:] if scaled else rest
+        bias = added[0] if added else None
+        a, b = a_along_k(a), b_along_k(b)
+        operands = (b, a) if config["swap_ab"] else (a, b)
+        maps = bind(operands[0], left), bind(operands[1], right)
+        # without a tensor store the third map is not used: any will do
+        stored = bind(out, out_layout) if out_layout else maps[0]
+        raw = partial if split > 1 else None if out_layout else out
+        launch(grid, *maps, stored, raw, *scales, bias, *extents, k)
+        if reduce:
+            reduce(reduce_grid, out, partial, *scales, bias, m, n)
+
+    return run
+
+
+def build(problem: Problem, config: Config) -> Run:
+    """On the current GPU, one block a multiprocessor."""
+    import torch
+
+    cuda.require_arch(cuda.current_arch(), ARCH, "gemm/cupy_wgmma")
+    blocks = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return _runner(problem, config, cuda.device, blocks, "cuda")
+
+
+def emulate(problem: Problem, config: Config) -> Run:
+    """The same source on CPU tensors, as if there were three multiprocessors: blocks have several tiles."""
+    return _runner(problem, config, cuda.host, 3, "cpu")
+
+
+def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
+    """What the machine code takes. It must be made of wgmma and TMA, and ptxas must not serialize the products."""
+    cuda.require_arch(arch, ARCH, "gemm/cupy_wgmma")
+    _layouts(problem, config)
+    return cuda.hopper_resources(_kernel(problem, config), arch)
