@@ -10,7 +10,7 @@ from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
 from rooftune.kernels.common.torch_compile import MODES, compile_body
 
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cuda",)
 PRECISIONS = ("fp32", "fp16", "bf16")
 PER_SHAPE = True
 SPACE = Space(axes={"mode": MODES}, default={"mode": "default"})
