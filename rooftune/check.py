@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -72,12 +72,17 @@ class Fenced:
         return ""
 
 
-def sample_rows(total: int, seed: int, count: int = SAMPLED_ROWS) -> list[int]:
-    """First, last and random rows: tails are where kernels are wrong."""
+def sample_rows(total: int, seed: int, count: int = SAMPLED_ROWS, parts: Mapping[str, int] | None = None) -> list[int]:
+    """First, last and random rows of every part: tails are where kernels are wrong."""
     if total <= count:
         return list(range(total))
-    picked = random.Random(seed).sample(range(total), count - 2)
-    return sorted({0, total - 1, *picked})
+    edges: set[int] = set()
+    start = 0
+    for size in (parts or {"": total}).values():
+        edges |= {start, start + size - 1}
+        start += size
+    picked = random.Random(seed).sample(range(total), max(2, count - len(edges)))
+    return sorted(edges.union(picked))
 
 
 def judge(op: Op, problem: Problem, out: Any, ref: Reference, kind: str = "normal") -> tuple[str, dict[str, float]]:
@@ -130,14 +135,43 @@ def judge(op: Op, problem: Problem, out: Any, ref: Reference, kind: str = "norma
     return "", figures
 
 
+def judge_parts(
+    op: Op, problem: Problem, out: Any, ref: Reference, rows: Sequence[int] | None, kind: str = "normal"
+) -> tuple[str, dict[str, float]]:
+    """`judge` for each part of the output by itself: the norm of a large part must not hide a small one."""
+    import torch
+
+    parts = op.parts(problem)
+    if not parts:
+        return judge(op, problem, out, ref, kind)
+    at = torch.arange(len(out)) if rows is None else torch.as_tensor(list(rows))
+    worst: dict[str, float] = {}
+    start = 0
+    for name, size in parts.items():
+        mine = (at >= start) & (at < start + size)
+        start += size
+        if not bool(mine.any()):
+            continue
+        scales = (s.expand_as(ref.value)[mine] for s in (ref.scale_in, ref.scale_acc))
+        wrong, figures = judge(op, problem, out[mine], Reference(ref.value[mine], *scales), kind)
+        worst |= {k: max(v, worst.get(k, 0.0)) for k, v in figures.items()}
+        if wrong:
+            return f"{name}: {wrong}", worst
+    return "", worst
+
+
 def settle(result: Any, out: Any) -> None:
-    """Put what a competitor returned, if anything, where it was to be written.
+    """Put what a competitor returned, if anything, where it was to be written; a tuple holds the parts.
 
     Raises:
         TypeError: it has another shape, format or device than the output.
     """
     if result is None:
         return
+    if isinstance(result, tuple):
+        import torch
+
+        result = torch.cat([part.reshape(-1, out.shape[-1]) for part in result])
     want, got = (tuple(out.shape), out.dtype, out.device), (tuple(result.shape), result.dtype, result.device)
     if want != got:
         raise TypeError(f"returned {got} instead of {want}")
@@ -182,7 +216,7 @@ def check_case(op: Op, problem: Problem, run: Run, seed: int, device: str = "cpu
     rows_total = math.prod(shape[:-1])
     whole = op.flops(problem) <= WHOLE_FLOPS and math.prod(shape) <= WHOLE_VALUES
     count = SAMPLED_ROWS if op.bound == "compute" else max(SAMPLED_ROWS, SAMPLED_VALUES // shape[-1])
-    rows = None if whole else sample_rows(rows_total, seed, count)
+    rows = None if whole else sample_rows(rows_total, seed, count, op.parts(problem))
     figures: dict[str, float] = {}
     for turn in range(2):
         if turn:  # same pointers, other contents: a result cached by address is stale now (C5)
@@ -202,7 +236,7 @@ def check_case(op: Op, problem: Problem, run: Run, seed: int, device: str = "cpu
         if got.numel() and got.is_floating_point() and kind == "normal" and bool(got.isnan().all()):
             return Verdict(False, f"output never written ({kind} input)")
         ref = op.reference(problem, pristine, rows)
-        problem_found, found = judge(op, problem, got if rows is None else got[rows], ref, kind)
+        problem_found, found = judge_parts(op, problem, got if rows is None else got[rows], ref, rows, kind)
         if not problem_found and rows is not None and kind == "normal" and dtype != "int32":
             holes = int((~got.isfinite()).sum())  # rows that were not compared were at least written
             problem_found = f"{holes} of {got.numel()} values never written or not finite" if holes else ""

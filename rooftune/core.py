@@ -237,6 +237,9 @@ class Op:
     `flops`, `bytes`: the model work (kernels.md section 3); TFLOP/s, GB/s and the roof derive from it.
     `ragged(problem)`: small odd-sized relatives for the correctness check. `small(precision)`: sizes
     an emulator finishes in about a second.
+    `parts(problem)`: an operator with several results (a backward pass) writes them into the one output,
+    below one another as rows of its last dimension; name -> number of rows. They are sampled and judged
+    one by one. So a kernel still gets one output, and guards, poison and timing stay as they are.
     """
 
     name: str
@@ -255,6 +258,7 @@ class Op:
     adversarial: tuple[str, ...] = ()
     defaults: Mapping[str, Callable[[Mapping[str, int]], int]] = field(default_factory=dict)
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: Callable[[Problem], Mapping[str, int]] = lambda problem: {}
 
     def problem(self, given: Problem) -> Problem:
         """Check names, fill defaults, and put sizes in order.

@@ -72,9 +72,9 @@ class Handle:
             return f"{damage} in a timed call"
         got = self.out.tensor.detach().cpu()
         got = got.reshape(-1, got.shape[-1])
-        rows = check.sample_rows(got.shape[0], seed, VERIFY_ROWS)
+        rows = check.sample_rows(got.shape[0], seed, VERIFY_ROWS, self.op.parts(self.problem))
         ref = self.op.reference(self.problem, [t.detach().cpu() for t in self.tensors], rows)
-        wrong, _ = check.judge(self.op, self.problem, got[rows], ref, "timed")
+        wrong, _ = check.judge_parts(self.op, self.problem, got[rows], ref, rows, "timed")
         return f"output of a timed call: {wrong}" if wrong else ""
 
 

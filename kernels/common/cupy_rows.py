@@ -31,31 +31,39 @@ def _block(config: Config, problem: Problem) -> bool:
     return bool(config["threads_per_row"] <= config["num_threads"])
 
 
-def _default(problem: Problem) -> Config:
-    widest = ALIGNMENT // bytes_in(problem)
-    vec, threads = _vec({"vec": widest}, problem), 8
-    while threads < 1024 and _values(threads, vec, problem["n"]) > WANTED_VALUES:
-        threads *= 2
-    return {"threads_per_row": threads, "num_threads": max(threads, 128), "vec": widest}
+def space(held: int = 1) -> Space:
+    """Threads of a row, threads of a block, elements a load; `held`: values kept for each place of a row."""
 
+    def default(problem: Problem) -> Config:
+        widest = ALIGNMENT // bytes_in(problem)
+        vec, threads = _vec({"vec": widest}, problem), 8
+        while threads < 1024 and held * _values(threads, vec, problem["n"]) > WANTED_VALUES:
+            threads *= 2
+        return {"threads_per_row": threads, "num_threads": max(threads, 128), "vec": widest}
 
-SPACE = Space(
-    axes={
+    axes = {
         "threads_per_row": (8, 16, 32, 64, 128, 256, 512, 1024),
         "num_threads": (64, 128, 256, 512, 1024),
         "vec": (1, 2, 4, 8),
-    },
-    where=(_one_load, _block),
-    default=_default,
-)
+    }
+    return Space(axes=axes, where=(_one_load, _block), default=default)
+
+
+SPACE = space()
 
 
 def kernel(
-    source: Path, entry: str, problem: Problem, config: Config, beside: int = OTHER_REGISTERS, **macros: int
+    source: Path,
+    entry: str,
+    problem: Problem,
+    config: Config,
+    beside: int = OTHER_REGISTERS,
+    held: int = 1,
+    **macros: int,
 ) -> Kernel:
     """The kernel of a row operator. Rows that a thread cannot keep in registers are read again in every pass.
 
-    `beside` is what it needs of registers apart from the row's values.
+    `beside` is what it needs of registers apart from the row's values, `held` how many values a place has.
     """
     vec, threads = _vec(config, problem), config["num_threads"]
     kept = min(KEPT_VALUES, REGISTERS // threads - beside)
@@ -65,7 +73,7 @@ def kernel(
         "BLOCK_THREADS": threads,
         "ROW_THREADS": config["threads_per_row"],
         "VEC": vec,
-        "ITEMS": values // vec if values <= kept else 0,
+        "ITEMS": values // vec if held * values <= kept else 0,
         **macros,
     }
     return Kernel(source, entry, tuple(settings.items()), threads, 2 * threads // 32 * 4)

@@ -1,0 +1,46 @@
+"""CUDA C++: 16-byte loads of y and dy, rows in registers, warp shuffles; long rows in two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rooftune.check import Run
+from rooftune.core import Config, Problem, Resources
+from rooftune.kernels.common import cupy as cuda
+from rooftune.kernels.common import cupy_rows as rows
+
+DEVICES = ("cuda",)
+PRECISIONS = ("fp32", "fp16", "bf16")
+SPACE = rows.space(held=2)
+
+
+def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
+    source = Path(__file__).with_suffix(".cu")
+    return rows.kernel(source, "softmax_backward_kernel", problem, config, held=2)
+
+
+def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch]) -> Run:
+    """run(dx: [m, n], dy: [m, n], y: [m, n])."""
+    launch, grid = compiled(_kernel(problem, config)), rows.grid(problem, config)
+
+    def run(out: Any, dy: Any, y: Any) -> None:
+        launch(grid, out, dy, y, problem["m"], problem["n"])
+
+    return run
+
+
+def build(problem: Problem, config: Config) -> Run:
+    """On the current GPU."""
+    return _runner(problem, config, cuda.device)
+
+
+def emulate(problem: Problem, config: Config) -> Run:
+    """The same source on CPU tensors, one fiber per thread."""
+    return _runner(problem, config, cuda.host)
+
+
+def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
+    """What the machine code takes."""
+    return cuda.resources(_kernel(problem, config), arch)
