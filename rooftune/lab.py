@@ -268,11 +268,7 @@ class Lab:
             worker.close()
 
     def _request(self, worker: Worker, verb: str, deadline_s: float, **arguments: Any) -> Any:
-        """A worker's answer within its deadline and the plan's.
-
-        Raises:
-            WorkerDied: as `Worker.request`. OutOfTime: the plan ended first.
-        """
+        """A worker's answer within its deadline and the plan's; raises `OutOfTime` if the plan ended first."""
         allowed, left = min(deadline_s, self.patience_s), self.until - time.monotonic()
         if left <= 0:
             raise OutOfTime("the plan's time is over")

@@ -63,8 +63,9 @@ def campaign(chosen: argparse.Namespace) -> ExitCode:
     home = Home(Path(chosen.out), lambda text: console.print(text, markup=False))
     with Session("campaign", name, chosen.threads, chosen.quiet, home.path) as session:
         home.open(session.run, session.about["identity"])
-        session.check_user_files(loaded, {p.op: p for p in problems})
-        if home.steps:
+        if not home.steps:
+            session.check_user_files(loaded, {p.op: p for p in problems})
+        else:
             tell(f"going on in {home.folder}: {len(home.steps)} finished steps are not repeated")
         session.lab.until = plan.end
         work = Campaign(session, home, plan, problems, field, chosen.seed or 0)

@@ -14,7 +14,7 @@ from rooftune import evidence, race, registry
 from rooftune.autotune import ranking
 from rooftune.commands.campaign_tune import best_config
 from rooftune.commands.campaign_work import Campaign
-from rooftune.core import Config, Evidence, Problem, Status, Unavailable, UsageError
+from rooftune.core import Config, Evidence, Problem, Unavailable, UsageError
 from rooftune.lab import OutOfTime, Reply
 from rooftune.registry import Impl
 from rooftune.results.record import Record
@@ -100,7 +100,7 @@ def first_race(work: Campaign) -> None:
     for problem in work.problems:
         impls = work.healthy(problem)
         key = f"race {problem} {_digest(work.sources[i.key] for i in impls)}"
-        if work.home.done(key) or not work.room():
+        if not impls or work.home.done(key) or not work.room():
             continue
         extra = [*_favourites(work, problem, impls), *_autotuned(work, impls)]
         _race(work, key, "race", problem, impls, extra, RACE_ROUNDS)

@@ -35,8 +35,8 @@ class Campaign:
         self.sources = {impl.key: impl.source_hash for impls in self.field.values() for impl in impls}
 
     def patience_s(self, phase_s: float) -> float:
-        """The longest that one request of a phase may take: a third of it, so that a hung kernel leaves the rest."""
-        return min(MOST_PATIENCE_S, max(LEAST_PATIENCE_S, phase_s / 3))
+        """The longest that one request of a phase may take: half of it, so that a hung kernel leaves the rest."""
+        return min(MOST_PATIENCE_S, max(LEAST_PATIENCE_S, phase_s / 2))
 
     def room(self) -> bool:
         """Whether a step like the longest of this phase would end in time, or nearly."""

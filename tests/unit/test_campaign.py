@@ -1,0 +1,360 @@
+"""The campaign: its time and its folder by themselves, then the whole of it, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rooftune import device, registry
+from rooftune.autotune.ranking import Gpu
+from rooftune.bench import main
+from rooftune.commands import campaign_phases, campaign_plan, campaign_tune
+from rooftune.commands.campaign_plan import SHARES, Home, Plan, shares_of
+from rooftune.commands.campaign_work import Campaign
+from rooftune.core import ExitCode, Status, UsageError
+from rooftune.lab import Lab, OutOfTime
+from rooftune.results import store
+from rooftune.results.record import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBLEM = "softmax[m=64,n=256,fp32]"
+
+
+def record(number: int = 0, rounds: int = 6) -> Record:
+    return Record(
+        problem=PROBLEM,
+        op="softmax",
+        shape="m=64,n=256",
+        precision="fp32",
+        impl="softmax/torch",
+        config={"call": f"c{number}"},
+        default=True,
+        status="ok",
+        time_s=1 / 3,
+        rounds=[[1 / 3] * 5] * rounds,
+    )
+
+
+# --- time and folder ------------------------------------------------------------------------------------------------
+
+
+def test_every_phase_has_its_share_and_what_is_left_over_goes_on() -> None:
+    now = [100.0]
+    plan = Plan(540.0, lambda: now[0])
+    dealt = {}
+    for phase, share in SHARES.items():
+        dealt[phase] = plan.enter(phase)
+        assert dealt[phase] >= 540 * share - 1e-9
+        now[0] += 5.0  # each leaves most of its time
+    assert dealt["probe"] == pytest.approx(540 * SHARES["probe"])
+    assert dealt["energy"] == pytest.approx(540 - 25.0)
+    assert sum(SHARES.values()) == pytest.approx(1.0)
+    now[0] = 100.0
+    late = Plan(540.0, lambda: now[0])
+    late.enter("probe")
+    now[0] += 400.0  # one phase took nearly everything: the others share the rest and the end stays where it was
+    for phase in list(SHARES)[1:]:
+        now[0] += late.enter(phase)
+    assert now[0] == pytest.approx(100 + 540)
+    assert late.enter("energy") == pytest.approx(0.0)
+
+
+def test_tuning_time_goes_to_what_is_missing() -> None:
+    dealt = dict(shares_of({"a": 0.6, "b": 0.3, "at the roof": 0.0, "c": 0.1}, 100.0, 5.0))
+    assert dealt == pytest.approx({"a": 60.0, "b": 30.0, "c": 10.0})
+    few = dict(shares_of({"a": 0.6, "b": 0.3, "c": 0.1}, 30.0, 12.0))  # c would get 3 s, then b 10 s: neither starts
+    assert few == pytest.approx({"a": 30.0})
+    assert shares_of({"a": 1.0}, 4.0, 5.0) == []
+    assert shares_of({}, 100.0, 5.0) == []
+
+
+def home(tmp_path: Path, said: list[str] | None = None) -> Home:
+    return Home(tmp_path / "out", (said if said is not None else []).append)
+
+
+def test_the_folder_remembers_steps_and_whose_it_is(tmp_path: Path) -> None:
+    first = home(tmp_path)
+    first.open("run", {"name": "Example 9000"})
+    first.finish("check a", "check", "timeout", reason="no answer within 30 s; killed")
+    second = home(tmp_path)
+    assert second.path == first.path
+    assert second.steps["check a"]["status"] == "timeout"
+    assert [s["key"] for s in second.of("check")] == ["check a"]
+    assert second.done("check b") is None
+    second.open("run", {"name": "Example 9000"})
+    with pytest.raises(UsageError, match="holds a campaign of Example 9000"):
+        second.open("run", {"name": "Example 9001"})
+
+
+def test_a_line_cut_by_a_crash_costs_its_own_step_only(tmp_path: Path) -> None:
+    first = home(tmp_path)
+    for number in range(3):
+        first.finish(f"step {number}", "race", "ok")
+    data = first.path.read_bytes()
+    first.path.write_bytes(data[:-7])
+    said: list[str] = []
+    again = home(tmp_path, said)
+    assert list(again.steps) == ["step 0", "step 1"]
+    assert "1 damaged" in said[0]
+    again.finish("step 2", "race", "ok")
+    assert list(home(tmp_path).steps) == ["step 0", "step 1", "step 2"]
+
+
+def test_the_folder_stays_small_enough_to_carry_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    place = home(tmp_path, said)
+    kept = place.compact([record()])[0]
+    assert kept.rounds is not None
+    assert kept.rounds[0][0] == 0.33333
+    monkeypatch.setattr(campaign_plan, "LEAN_BYTES", 4000)
+    monkeypatch.setattr(campaign_plan, "FULL_BYTES", 5500)
+    monkeypatch.setattr(campaign_plan, "LIMIT_BYTES", 8000)
+    for name, size in (("small", 1000), ("large", 5000)):
+        (place.folder / "tune" / name).write_bytes(b"x" * size)
+    lean = place.compact([record(1), record(2)])
+    assert [r.rounds for r in lean] == [None, None]
+    assert [r.time_s for r in lean] == [1 / 3] * 2  # the result stays
+    assert sum("no raw rounds" in text for text in said) == 1
+    assert place.full()
+    place.log.append({"kind": "x", "pad": "y" * 3000})
+    place.fit()
+    assert place.used() <= 8000
+    assert not (place.folder / "tune" / "large").exists()
+    assert any("large" in text for text in said)
+    assert (place.folder / "tune" / "small").exists()
+
+
+# --- a plan's end ---------------------------------------------------------------------------------------------------
+
+HANGS = '''"""A file that never finishes loading."""
+import time
+OP = "softmax"
+DEVICES = ("cpu",)
+PRECISIONS = ("fp32",)
+time.sleep(600)
+def build(problem, config): ...
+'''
+
+
+def test_a_hung_kernel_costs_the_plans_patience_and_the_plans_end_blames_nobody(lab: Lab, tmp_path: Path) -> None:
+    path = tmp_path / "hangs.py"
+    path.write_text(HANGS)
+    impl = registry.user_impl(path)
+    lab.patience_s = 1.0
+    lab.worker(impl)
+    reply = lab.ask(impl, "space", 60.0, problem=PROBLEM)
+    assert (reply.status, reply.reason) == (Status.TIMEOUT, "no answer within 1 s; killed")
+    lab.patience_s = 60.0
+    lab.worker(impl)
+    lab.until = time.monotonic() + 0.5
+    with pytest.raises(OutOfTime):
+        lab.ask(impl, "space", 60.0, problem=PROBLEM)
+    with pytest.raises(OutOfTime):  # and at once, without a process
+        lab.ask(impl, "space", 60.0, problem=PROBLEM)
+
+
+# --- who races ------------------------------------------------------------------------------------------------------
+
+
+def work_on_h200(tmp_path: Path, configs: list[dict[str, Any]], default: dict[str, Any]) -> Campaign:
+    """A campaign at a device that is not here, as far as the choice of entrants goes."""
+    space = {"configs": configs, "default": default}
+    session = SimpleNamespace(
+        lab=SimpleNamespace(space=lambda impl, problem: space), device=SimpleNamespace(kind="cuda"), say=print
+    )
+    field = {"gemm": list(registry.impls("gemm"))}
+    problems = [registry.problem("gemm[m=4096,n=4096,k=4096,bf16]")]
+    made = Campaign(session, home(tmp_path), Plan(100.0), problems, field, 0)  # type: ignore[arg-type]
+    made.gpu = Gpu.named("NVIDIA H200")
+    return made
+
+
+def test_the_models_favourites_race_beside_the_default(tmp_path: Path) -> None:
+    tile = {"block_k": 64, "num_warps": 8, "num_stages": 3, "group_m": 8}
+    configs = [{"block_m": m, "block_n": n} | tile for m in (64, 128) for n in (64, 128, 256)]
+    work = work_on_h200(tmp_path, configs, default=configs[4])
+    problem, triton = work.problems[0], registry.impl("gemm/triton")
+    chosen = campaign_phases._favourites(work, problem, [registry.impl("gemm/torch"), triton])
+    assert len(chosen) == campaign_phases.FAVOURITES
+    assert {e.impl.key for e in chosen} == {"gemm/triton"}  # torch has nothing to rank
+    assert configs[4] not in [e.config for e in chosen]
+    assert chosen[0].config == configs[5]  # 128 x 256
+    work.gpu = None
+    assert campaign_phases._favourites(work, problem, [triton]) == []
+
+
+def test_every_torch_call_a_user_could_pick_is_an_entrant(tmp_path: Path) -> None:
+    work = work_on_h200(tmp_path, [], {})
+    autotuned = campaign_phases._autotuned(work, work.field["gemm"])
+    assert [(e.impl.key, e.config) for e in autotuned] == [
+        ("gemm/torch_compile", {"mode": "max-autotune-no-cudagraphs"})
+    ]
+    sources = {op: (registry.impl(f"{op}/torch").path).read_text() for op in ("gemm", "attention")}
+    for call in ("matmul", "addmm", "mm_fp32", "int_mm", "scaled_mm", "scaled_mm_fast"):
+        assert f'"{call}"' in sources["gemm"]
+    for backend in ("default", "math", "flash", "efficient", "cudnn"):
+        assert f'"sdpa_{backend}"' in sources["attention"]
+
+
+def test_a_competitor_that_failed_its_check_races_no_more_until_its_source_changes(tmp_path: Path) -> None:
+    work = work_on_h200(tmp_path, [], {})
+    triton = registry.impl("gemm/triton")
+    about = {"impl": triton.key, "reason": "", "precision": "bf16"}
+    work.home.finish("a", "check", "timeout", source_hash="f" * 16, **about)
+    assert triton in work.healthy(work.problems[0])
+    work.home.finish("b", "check", "timeout", source_hash=triton.source_hash, **about)
+    assert triton not in work.healthy(work.problems[0])
+    assert triton in work.healthy(work.problems[0].replace(precision="fp8"))
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    logs = list(folder.glob("*-campaign-*.jsonl"))
+    return store.Log(logs[0]).read()[0] if logs else []
+
+
+def steps(folder: Path, phase: str) -> list[str]:
+    return [line["key"] for line in lines(folder) if line.get("kind") == "step" and line["phase"] == phase]
+
+
+def known_ceilings(folder: Path) -> None:
+    """As an earlier sitting left them: measuring takes seconds, and is tested elsewhere."""
+    place = Home(folder, print)
+    place.open("run", device.find("cpu").identity())
+    found = {"copy": [{"working_set_bytes": 2**20, "value": 20.0, "unit": "GB/s"}], "matrix": {}}
+    place.log.append({"kind": "ceilings", "schema": 1, "run": "run", "ceilings": found})
+
+
+def test_killed_resumed_and_finished(kernel, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """kill -9 after the check; the same command then does the rest, once; a third run has nothing to do."""
+    file, folder = kernel(), tmp_path / "out"
+    known_ceilings(folder)
+    asked = ["campaign", PROBLEM, "--load", str(file), "--only", "mine", "--out", str(folder), "--device", "cpu"]
+    asked += ["--threads", "1", "--budget", "600s", "-q"]
+    child = subprocess.Popen([sys.executable, "bench.py", *asked], cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 240
+    while not steps(folder, "check") and time.monotonic() < end:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    checked = steps(folder, "check")
+    assert len(checked) == 1
+    assert not steps(folder, "final")
+
+    assert main(asked) == ExitCode.OK
+    after = lines(folder)
+    every = [line["key"] for line in after if line.get("kind") == "step"]
+    assert steps(folder, "check") == checked
+    assert sorted(every) == sorted(set(every))
+    assert {len(steps(folder, phase)) for phase in ("race", "tune", "final", "energy")} == {1}
+    final = [line for line in after if line.get("regime", {}).get("phase") == "final"]
+    assert [line["impl"] for line in final] == ["softmax/mine"]
+    assert len(final[0]["rounds"]) == campaign_phases.FINAL_ROUNDS
+    assert final[0]["evidence"] == "measured"
+    summary = json.loads((folder / "summary.json").read_text())
+    row = summary["problems"][0]
+    assert (row["phase"], row["best"], row["time_s"]) == ("final", "mine", final[0]["time_s"])
+    assert row["source_hash"] == registry.user_impl(file).source_hash
+    assert any(note.startswith("energy: unavailable(") for note in summary["notes"])
+    assert "Every time below was measured there." in (folder / "summary.md").read_text()
+    assert [r.problem for r in store.load_run(next(folder.glob("*-campaign-*.jsonl")))]  # a run as any other
+
+    assert main(asked) == ExitCode.OK
+    fresh = lines(folder)[len(after) :]
+    assert [line["kind"] for line in fresh if line["kind"] in ("result", "ceilings")] == []
+    assert {line["phase"] for line in fresh if line["kind"] == "step"} <= {"energy"}
+
+
+class FakeTuned:
+    """What the tuner found: twice as fast, by a config of its own."""
+
+    def __init__(self, impl: str, problem: str) -> None:
+        self.impl, self.problem = impl, problem
+
+    def as_json(self) -> dict[str, Any]:
+        about = {"impl": self.impl, "problem": self.problem}
+        return about | {"better": True, "config": {"block_n": 256}, "speedup": 2.0}
+
+
+def test_tuning_takes_the_neediest_first_and_its_winners_race_in_the_final(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = home(tmp_path)
+    now, calls = [0.0], []
+    plan = Plan(400.0, lambda: now[0])
+    far, near = registry.impl("softmax/numba"), registry.impl("layernorm/numba")
+    problems = [registry.problem("softmax[m=64,n=256,fp32]"), registry.problem("layernorm[m=64,n=256,fp32]")]
+
+    class FakeLab:
+        def space(self, impl: registry.Impl, problem: Any) -> dict[str, Any]:
+            return {"configs": [{"block_n": 128}, {"block_n": 256}]}
+
+        def retire(self, impl: registry.Impl) -> None: ...
+
+    def tune(lab: Any, impl: registry.Impl, problem: Any, budget: str, **how: Any) -> FakeTuned:
+        calls.append((impl.key, float(budget[:-1])))
+        assert how["journal_path"].parent == place.folder / "tune"
+        assert how["table"].path == place.folder / "tuned.json"
+        now[0] += float(budget[:-1]) + 4.0
+        return FakeTuned(impl.key, str(problem))
+
+    session = SimpleNamespace(lab=FakeLab(), about={"identity": {}}, say=lambda text: None)
+    monkeypatch.setattr(campaign_tune.tuner, "tune", tune)
+    work = Campaign(session, place, plan, problems, {"softmax": [far], "layernorm": [near]}, 0)  # type: ignore[arg-type]
+    for impl, problem, roof in ((near, problems[1], 0.8), (far, problems[0], 0.4)):
+        found = record()
+        found.problem, found.impl, found.config, found.roof = str(problem), impl.key, {"block_n": 128}, roof
+        found.source_hash = impl.source_hash
+        place.records.append(found)
+    phase_s = plan.enter("tune")
+    campaign_tune.tune(work)
+    assert [key for key, _ in calls] == ["softmax/numba", "layernorm/numba"]
+    assert calls[0][1] + campaign_tune.FINAL_S == pytest.approx(
+        phase_s * 0.6 / 0.8, abs=0.1
+    )  # 60 % missing against 20 %
+    assert now[0] <= phase_s + 1e-6
+    assert campaign_tune.best_config(work, far, problems[0]) == {"block_n": 256}
+    campaign_tune.tune(work)  # finished steps are not repeated
+    assert len(calls) == 2
+    far_tuned = place.done(f"tune {far.key} {problems[0]} {far.source_hash}")
+    assert far_tuned is not None
+    assert far_tuned["result"]["speedup"] == 2.0
+
+
+def test_a_wrong_kernel_is_told_and_raced_no_further(kernel, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "out"
+    known_ceilings(folder)
+    file = kernel("out.zero_()")
+    asked = ["campaign", PROBLEM, "--load", str(file), "--only", "mine", "--out", str(folder), "--device", "cpu"]
+    assert main([*asked, "--budget", "300s", "--threads", "1", "-q"]) == ExitCode.REGRESSION
+    summary = json.loads((folder / "summary.json").read_text())
+    assert any("softmax/mine fp32: wrong" in note for note in summary["notes"])
+    assert not any(line.get("regime", {}).get("phase") == "race" for line in lines(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "40"], "a campaign needs a time"),
+        (["--budget", "1s"], "at least 10 s"),
+        (["gem"], "unknown op 'gem'"),
+        (["--out", "/proc/nothing/here"], "cannot be made"),
+        (["softmax", "--precision", "int8"], "no problem for these"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "out")]
+    assert main(["campaign", *given, "--device", "cpu"]) == ExitCode.USAGE
+    assert words in capsys.readouterr().err
