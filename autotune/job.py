@@ -38,6 +38,7 @@ class Job:
         where: constraints such as `block_m<=64`.
         identity: of the device, as `Device.identity()`; looked up if not given.
         options: how to time; `rounds` is that of each stage of the final.
+        start: configs to try right after the default, such as those that won at other shapes.
         also: configs to measure in any case, once the search's budget is spent: winners of other shapes.
     Raises:
         UsageError: unknown search, no valid config, a default that breaks a constraint.
@@ -56,6 +57,7 @@ class Job:
         identity: dict[str, Any] | None = None,
         options: race.Options | None = None,
         also: Sequence[Config] = (),
+        start: Sequence[Config] = (),
         event: Event = lambda kind, text: None,
     ) -> None:
         steps_of = search.find(search_name)
@@ -66,8 +68,9 @@ class Job:
         self.default: Config = found["default"]
         rules = [constraint(text) for text in where]
         configs = [c for c in found["configs"] if c != self.default and all(rule(c) for rule in rules)]
-        self.space = search.SearchSpace.of(found["axes"], [self.default, *configs], start=[self.default])
         self._valid = {canonical(c) for c in [self.default, *configs]}
+        first = [self.default, *(c for c in start if self.valid(c))]
+        self.space = search.SearchSpace.of(found["axes"], [self.default, *configs], start=first)
         self.also = [c for c in also if self.valid(c)]
         self.what = {
             "schema": SCHEMA,

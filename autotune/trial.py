@@ -8,6 +8,8 @@ import random
 import time
 from dataclasses import replace
 
+import numpy as np
+
 from rooftune import race
 from rooftune.autotune.journal import Trial, canonical
 from rooftune.core import Config, Problem, Status, Unavailable
@@ -43,6 +45,7 @@ class Bench:
         self.options, self.max_error = options, max_error
         self.reference: race.Entrant | None = None
         self.leader, self.leader_rounds = math.inf, 1  # best value so far, and from how many rounds
+        self.unrest = NOISE  # what is assumed of a round's log ratio before enough are known
         self.steps: list[float] = []  # |difference| of the log ratios of two successive rounds of one config
         self.default_reason = ""  # why the default does not run
 
@@ -72,7 +75,7 @@ class Bench:
         By their median: rounds that a neighbour on the machine disturbed would otherwise hide every difference.
         """
         if len(self.steps) < NOISE_AFTER:
-            return NOISE
+            return self.unrest
         middle = sorted(self.steps)[len(self.steps) // 2]
         return max(1e-3, 1.4826 * middle / math.sqrt(2))
 
@@ -114,6 +117,9 @@ class Bench:
             return trial
         trial.ratio = 1.0
         self.reference = entrant
+        single = np.log(statistics.q25(entrant.rounds))
+        # Two rounds of one time differ by sqrt(2) of its deviation, and so does a ratio of two times in one round.
+        self.unrest = max(NOISE, 1.4826 * float(np.median(np.abs(np.diff(single)))))
         return trial
 
     def _options(self, config: Config) -> race.Options:

@@ -5,6 +5,7 @@ The best config is kept in the tuned table only if it beats the default config w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from rooftune.autotune import final
 from rooftune.autotune.job import Job
 from rooftune.autotune.journal import Trial, canonical
 from rooftune.autotune.limits import Budget
+from rooftune.autotune.nearest import distance
 from rooftune.autotune.table import Entry, Table
 from rooftune.core import Config, Problem, Status, Unavailable, unknown
 from rooftune.energy import Energy
@@ -26,6 +28,7 @@ from rooftune.results import statistics
 Event = race.Event
 OBJECTIVES = ("time", "energy", "edp")
 DEFAULT_BUDGET = "60s"
+STARTS = 3  # configs from other shapes
 
 
 @dataclass
@@ -105,10 +108,24 @@ def tune(
     """
     spend = Budget.parse(budget) if isinstance(budget, str) else budget
     check_objective(objective, lab)
-    job = Job(lab, impl, problem, search_name, seed, journal_path, max_error, where, identity, options, also, event)
+    first = winners_nearby(table or Table(), impl, problem)
+    job = Job(
+        lab, impl, problem, search_name, seed, journal_path, max_error, where, identity, options, also, first, event
+    )
     if job.journal.final is None or spend.left(job.journal) or job.missing:
         job.advance(spend)
     return conclude(job, objective, table, spend, energy)
+
+
+def winners_nearby(table: Table, impl: Impl, problem: Problem) -> list[Config]:
+    """What won for this competitor at the nearest other shapes, on whatever device: the search tries these first.
+
+    A few only: where they mislead, they cost as many configs, and no more.
+    """
+    others = [(distance(problem, Problem.parse(e.problem)), -e.unix_time, e) for e in table.entries()]
+    mine = [x for x in others if x[2].impl == impl.key and math.isfinite(x[0])]
+    unique = {canonical(e.config): e.config for _, _, e in sorted(mine, key=lambda x: x[:2])}
+    return list(unique.values())[:STARTS]
 
 
 def check_objective(objective: str, lab: Lab) -> None:

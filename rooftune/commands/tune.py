@@ -114,6 +114,7 @@ def _tune_all(
                 plan.search,
                 plan.seed,
                 identity=session.about["identity"],
+                start=tuner.winners_nearby(Table(), impl, problem),
                 event=lambda kind, text, who=f"{problem} {impl.key}": session.say(f"{who}: {text}"),
             )
             if not jobs and job.ahead.why and session.device.kind == "cpu":
