@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rooftune import registry
+from rooftune import race, registry
 from rooftune.autotune import dispatch, nearest, precisions, search, tuner
 from rooftune.autotune.job import Job
 from rooftune.autotune.limits import EFFORTS, Budget
@@ -115,7 +115,7 @@ def _tune_all(
                 plan.seed,
                 identity=session.about["identity"],
                 start=tuner.winners_nearby(Table(), impl, problem),
-                event=lambda kind, text, who=f"{problem} {impl.key}": session.say(f"{who}: {text}"),
+                event=_teller(session, f"{problem} {impl.key}"),
             )
             if not jobs and job.ahead.why and session.device.kind == "cpu":
                 session.say(f"configs are {job.ahead.why}")
@@ -135,6 +135,10 @@ def _tune_all(
         results[:] = [r for r in results if (r["impl"], r["problem"]) != (result.impl, result.problem)]
         results.append({"kind": "tuned", **result.as_json()})
         found[number] = result
+
+
+def _teller(session: Session, who: str) -> race.Event:
+    return lambda kind, text: session.say(f"{who}: {text}")
 
 
 def _conclude(job: Job, plan: Plan, session: Session, results: list[Any], console: Any) -> TuneResult:
