@@ -91,7 +91,14 @@ def parser() -> argparse.ArgumentParser:
     _add_race_options(tune)
     _add_device_options(tune)
     _add_output_options(tune)
-    tune.add_argument("--budget", default="60s", help="per problem and competitor: 60s, 5m or 200 (configs)")
+    tune.add_argument("--budget", default="", help="per problem and competitor: 60s (the default), 5m or 200 (configs)")
+    tune.add_argument("--effort", choices=("", "quick", "full", "exhaustive"), default="",
+                      help="instead of a budget: 30 s or 40 configs, 10 min or 400, every config")  # fmt: skip
+    tune.add_argument("--share", action="store_true", help="one budget for all, spent where most is to be gained")
+    tune.add_argument("--weight", action="append", default=[], metavar="PROBLEM=W",
+                      help="share, and count this problem's gains W times")  # fmt: skip
+    tune.add_argument("--objective", choices=("time", "energy", "edp"), default="time",
+                      help="energy: joules per call; edp: joules times seconds (both need a sensor)")  # fmt: skip
     tune.add_argument("--search", default="surrogate", help="surrogate, random, local, exhaustive, tpe")
     tune.add_argument("--simulate", action="append", default=[], metavar="FILE",
                       help="replay the search on a recorded tuning (a journal, cache, T4); no device")  # fmt: skip

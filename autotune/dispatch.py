@@ -37,7 +37,7 @@ class Candidate:
 
     impl: str
     config: Config | None
-    source: str  # "measured", "tuned", "default"
+    source: str  # "measured", "tuned", "nearest" (tuned at another shape), "default"
     time_s: float | None = None
     ratio: float | None = None
     ratio_ci: tuple[float, float] | None = None
@@ -242,6 +242,8 @@ def _tuned(
         if entry is None:
             if "not used" in looked.why:
                 stale.append(Candidate(impl.key, None, "tuned", reason=looked.why))
+            elif (near := _near(impl, problem, identity, threads, rivals, measured, table)) is not None:
+                found.append(near)
             continue
         if any(c.impl == impl.key and c.config == entry.config for c in measured):
             continue  # raced as it is: that record counts
@@ -254,6 +256,29 @@ def _tuned(
         candidate = replace(candidate, ratio=default.ratio * entry.speedup, ratio_ci=(low, high), run=default.run)
         found.append(replace(candidate, why=f"{_shown(candidate)}: its default {_shown(default)}, {looked.why}"))
     return found, stale
+
+
+def _near(
+    impl: registry.Impl,
+    problem: Problem,
+    identity: dict[str, Any],
+    threads: int | None,
+    rivals: Sequence[Record],
+    measured: Sequence[Candidate],
+    table: Table,
+) -> Candidate | None:
+    """A neighbour's config for a shape that was not tuned: its default's ratio to torch, times what the rule gained
+    at least on held-out shapes."""
+    plain = next((r.config for r in rivals if r.impl == impl.key and r.default), None)
+    default = next((c for c in measured if c.impl == impl.key and c.config == plain), None)
+    if threads is None or default is None or default.ratio is None or default.ratio_ci is None:
+        return None
+    near = table.neighbour(impl, problem, identity, threads)
+    if near.config is None or near.config == default.config:
+        return None
+    low, high = (end * near.gain for end in default.ratio_ci)
+    made = Candidate(impl.key, near.config, "nearest", None, default.ratio * near.gain, (low, high), default.run)
+    return replace(made, why=f"{_shown(made)}: its default {_shown(default)}, {near.why}")
 
 
 def _shown(candidate: Candidate) -> str:

@@ -102,9 +102,9 @@ def write(folder: Path, choices: Sequence[Choice], device: devices.Device, threa
         files.setdefault(path, text)
     files["__init__.py"] = _init(table, device)
     files["table.json"] = json.dumps(table, indent=1, allow_nan=False) + "\n"
-    for path in sorted(target.rglob("*")) if target.exists() else ():
-        if path.is_file():  # of the earlier export: a kernel that no longer wins must not stay
-            path.unlink()
+    for old in sorted(target.rglob("*")) if target.exists() else ():
+        if old.is_file():  # of the earlier export: a kernel that no longer wins must not stay
+            old.unlink()
     for path, text in files.items():
         place = target / path
         place.parent.mkdir(parents=True, exist_ok=True)

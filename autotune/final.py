@@ -50,19 +50,23 @@ def decide(
     configs: Sequence[Config],
     options: race.Options,
     event: race.Event,
+    objective: str = "time",
+    energy: bool = False,
 ) -> Final:
     """Choose among the configs, then compare the chosen one with the default.
 
     Args:
         configs: at most a few, best first, without the default.
         options: how to time; `rounds` of each stage.
+        objective: `time`, or `energy` and `edp`, for which everyone's joules are measured after the first stage;
+            `energy` measures them in any case.
     """
     base = race.Entrant(impl, default, True)
     field = [base, *(race.Entrant(impl, config, False) for config in configs)]
     if configs:
-        _stage(lab, problem, field, options, event, thorough=True)
-    runs = [e for e in field[1:] if e.status == Status.OK and any(e.rounds)]
-    winner = min(runs, key=lambda e: statistics.summary(e.rounds)[0], default=None)
+        _stage(lab, problem, field, options, event, thorough=True, energy=energy or objective != "time")
+    runs = [e for e in field[1:] if e.status == Status.OK and any(e.rounds) and _cost(e, objective) is not None]
+    winner = min(runs, key=lambda e: _cost(e, objective) or 0.0, default=None)
     if winner is None:
         why = "no other config ran" if not configs else f"every finalist failed: {field[1].status} {field[1].reason}"
         return Final(base, None, None, None, False, why, field)
@@ -78,17 +82,50 @@ def decide(
             why = f"the {who} config failed in the deciding rounds: {entrant.status} {entrant.reason}"
             return Final(base, winner, None, None, False, why, field)
     pair[1].error, pair[0].error = winner.error, base.error  # those of the thorough check
+    pair[1].energy, pair[0].energy = winner.energy, base.energy
     value, low, high = statistics.ratio(pair[0].rounds, pair[1].rounds)
     if low is None or high is None:
         return Final(pair[0], pair[1], value, None, False, "too few rounds for an interval", field)
+    if objective != "time":
+        better, why = _cheaper(pair[0], pair[1], (low, high), objective)
+        return Final(pair[0], pair[1], value, (low, high), better, why, field)
     better = low > MARGIN
     shown = f"{value:.3f}x the default's speed, 95 % interval {low:.3f} to {high:.3f}"
     why = f"{shown}, above {MARGIN}" if better else f"{shown}, not above {MARGIN}"
     return Final(pair[0], pair[1], value, (low, high), better, why, field)
 
 
+def _cost(entrant: race.Entrant, objective: str) -> float | None:
+    """What is minimised: seconds, joules, or their product; None if its joules were not measured."""
+    time_s = statistics.summary(entrant.rounds)[0]
+    if objective == "time":
+        return time_s
+    joules = (entrant.energy or {}).get("joules")
+    return None if joules is None else float(joules) * (time_s if objective == "edp" else 1.0)
+
+
+def _cheaper(
+    base: race.Entrant, winner: race.Entrant, speedup: tuple[float, float], objective: str
+) -> tuple[bool, str]:
+    """Whether the joules (times seconds) are fewer with confidence: both windows' 95 % intervals at their far ends."""
+    ours, theirs = winner.energy or {}, base.energy or {}
+    if theirs.get("joules") is None or None in (ours.get("u95_rel"), theirs.get("u95_rel")):
+        return False, f"the default's joules are not known: {theirs.get('reason') or 'no interval'}"
+    ratio = theirs["joules"] / ours["joules"]
+    away = (1 - theirs["u95_rel"]) / (1 + ours["u95_rel"])
+    low = ratio * away * (speedup[0] if objective == "edp" else 1.0)
+    what = "joules times seconds" if objective == "edp" else "joules"
+    return low > MARGIN, f"{what}: at least {low:.3f}x fewer than the default's ({ratio:.3f}x fewer joules)"
+
+
 def _stage(
-    lab: Lab, problem: Problem, field: list[race.Entrant], options: race.Options, event: race.Event, thorough: bool
+    lab: Lab,
+    problem: Problem,
+    field: list[race.Entrant],
+    options: race.Options,
+    event: race.Event,
+    thorough: bool,
+    energy: bool = False,
 ) -> None:
     """Everyone in a fresh process, checked, then interleaved rounds in random order; the process ends with it."""
     impl = field[0].impl
@@ -97,6 +134,8 @@ def _stage(
     started = [e for e in field if e.status == Status.OK]
     if started:
         race.time_rounds(lab, problem, started, options, options.rounds, event)
+        if energy:
+            race.measure_energy(lab, [e for e in started if e.status == Status.OK], options, event)
     lab.retire(impl)
     for entrant in field:
         entrant.handle = None

@@ -171,7 +171,7 @@ def _kernel_tuner(path: Path, data: dict[str, Any]) -> Tuning:
         config = {key: entry[key] for key in keys}
         wrong = entry.get("__error__") or next((v for v in entry.values() if isinstance(v, str) and v in ERRORS), None)
         time_ms = entry.get("time")
-        if wrong or not _positive(time_ms):
+        if wrong or time_ms is None or not _positive(time_ms):
             status = ERRORS.get(str(wrong), Status.FAILED_LAUNCH)
             rows.append(Row(config, None, None, status, str(wrong or f"time is {time_ms!r:.40}")))
             continue
@@ -211,10 +211,10 @@ def _t4(path: Path, data: dict[str, Any]) -> Tuning:
         compile_s = compiled * 1e-3 if isinstance(compiled, int | float) else None
         status = Status.OK if time_s is not None else Status.FAILED_LAUNCH
         rows.append(Row(config, time_s, time_s, status, "" if time_s else f"no {wanted}", runs, compile_s))
-    about = data.get("metadata") if isinstance(data.get("metadata"), dict) else {}
-    about = about or {}
-    names = (str(about.get(k, "")) for k in ("kernel", "problem", "device"))
-    return Tuning(*names, _axes(row.config for row in rows), rows, str(path))
+    said = data.get("metadata")
+    about: dict[str, Any] = said if isinstance(said, dict) else {}
+    kernel, problem, device = (str(about.get(k, "")) for k in ("kernel", "problem", "device"))
+    return Tuning(kernel, problem, device, _axes(row.config for row in rows), rows, str(path))
 
 
 def _triton(path: Path, data: dict[str, Any]) -> Tuning:

@@ -13,7 +13,7 @@ from rooftune.core import Config, UsageError, parse_count
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a search goes on: seconds of measuring, or configs; what an earlier run spent counts.
+    """How long a search goes on: seconds of measuring, configs, or what ends first; what an earlier run spent counts.
 
     The final comparison comes on top. A time budget is looked at between two configs.
     """
@@ -39,12 +39,19 @@ class Budget:
 
     def left(self, journal: Journal) -> bool:
         """True while there is something to spend."""
-        if self.configs is not None:
-            return len(journal.trials) < self.configs
+        if self.configs is not None and len(journal.trials) >= self.configs:
+            return False
         return self.seconds is None or journal.spent_s < self.seconds
 
     def __str__(self) -> str:
-        return f"{self.configs} configs" if self.configs is not None else f"{self.seconds:g} s"
+        parts = [f"{self.configs} configs"] if self.configs is not None else []
+        parts += [f"{self.seconds:g} s"] if self.seconds is not None else []
+        return " or ".join(parts) or "all configs"
+
+
+# How hard to look, for each problem and competitor: a first impression, what a table for production deserves, and
+# every config there is.
+EFFORTS = {"quick": Budget(30.0, 40), "full": Budget(600.0, 400), "exhaustive": Budget()}
 
 
 def constraint(text: str) -> Callable[[Config], bool]:

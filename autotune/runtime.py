@@ -114,12 +114,15 @@ def typed(tensors: Sequence[tuple[Sequence[int], str]]) -> tuple[tuple[Any, Any]
 def same_threads() -> None:
     """Numba gets torch's number of CPU threads, in this thread; call it after a competitor is imported.
 
-    Its OpenMP layer sets the number for the whole process at every launch, so torch would be left with Numba's.
+    When Numba starts its OpenMP threads it sets the number for the whole process, torch's too: that is put back.
     """
     import torch
 
     if (numba := sys.modules.get("numba")) is not None:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        users = torch.get_num_threads()
+        numba.set_num_threads(min(users, numba.config.NUMBA_NUM_THREADS))  # starts them
+        if torch.get_num_threads() != users:
+            torch.set_num_threads(users)
 
 
 # --- torch's global settings ----------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 One JSON file: `$ROOFTUNE_TABLE`, else `tuned.json` in the results folder. An entry answers for exactly the
 problem, device, kernel source and toolchain it was measured with; one that does not match is not used, and
-the lookup says why. Neighbouring shapes are not guessed from it: a config that wins at one size may lose at
-the next, and that has to be judged on shapes that were held out.
+the lookup says why. A config that wins at one size may lose at the next, so other shapes are `neighbour`'s
+business: it follows a rule that was judged on shapes that were held out (`nearest`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rooftune.autotune import nearest
 from rooftune.autotune.journal import toolchain
 from rooftune.core import Config, Problem, UsageError
 from rooftune.registry import Impl
@@ -155,6 +156,41 @@ class Table:
                 return Found(entry, text)
             reasons.append(why)
         return Found(None, "a tuned entry is not used: " + reasons[0])
+
+    @property
+    def rules(self) -> nearest.Rules:
+        """The rules for shapes between the tuned ones, beside the table."""
+        return nearest.Rules(self.path.with_name(f"{self.path.stem}.rules{store.SUFFIX}"))
+
+    def neighbour(self, impl: Impl, problem: Problem, device: dict[str, Any], threads: int) -> Neighbour:
+        """What the nearest tuned shape's config is good for here, by a rule that was never slower where tested."""
+        rule = self.rules.find(impl.key, problem, rule_key(impl, device, threads))
+        if rule is None:
+            return Neighbour(None, "no rule for shapes in between")
+        if not rule.sound:
+            return Neighbour(None, "the rule for shapes in between was slower than the default on held-out shapes")
+        config, why = rule.choose(problem)
+        return Neighbour(config, why, rule.gain)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A config from another shape, or None and why; `gain`: the least speed-up over the default to expect."""
+
+    config: Config | None
+    why: str
+    gain: float = 1.0
+
+
+def rule_key(impl: Impl, device: dict[str, Any], threads: int) -> dict[str, Any]:
+    """What a rule is valid for."""
+    return {
+        "impl": impl.key,
+        "source_hash": impl.source_hash,
+        "toolchain": toolchain(impl),
+        "device": device,
+        "threads": threads,
+    }
 
 
 _NUMBERS = ("time_s", "default_time_s", "speedup")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
 from dataclasses import replace
+
+import numpy as np
 
 from rooftune import race
 from rooftune.autotune.journal import Trial, canonical
@@ -14,10 +17,12 @@ from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
 from rooftune.results import statistics
 
-ROUNDS = 3  # per config; its ratio to the default is a median of three
-# A first round this much behind the leader gets no more: single calls on a shared CPU vary by 35 % (sd), a round's
-# 25 % order statistic by less.
-CUT = 1.5
+ROUNDS = 3  # per config that is not cut; its ratio to the default is a median of three
+CONTENDER_ROUNDS = 6  # of a config whose interval still overlaps the leader's
+Z = 2.0  # half width of an interval in standard deviations of the mean
+# Standard deviation of a round's log ratio before it is known: single calls on a shared CPU vary by 35 %, a round's
+# 25 % order statistic by less. With it, a first round has to be 1.5 times behind to be the last.
+NOISE, NOISE_AFTER = 0.14, 8
 
 
 class Bench:
@@ -39,7 +44,9 @@ class Bench:
         self.lab, self.impl, self.problem, self.default = lab, impl, problem, default
         self.options, self.max_error = options, max_error
         self.reference: race.Entrant | None = None
-        self.leader = math.inf  # best value so far
+        self.leader, self.leader_rounds = math.inf, 1  # best value so far, and from how many rounds
+        self.unrest = NOISE  # what is assumed of a round's log ratio before enough are known
+        self.steps: list[float] = []  # |difference| of the log ratios of two successive rounds of one config
         self.default_reason = ""  # why the default does not run
 
     def __enter__(self) -> Bench:
@@ -53,9 +60,24 @@ class Bench:
         start = time.monotonic()
         trial = self._default() if config == self.default else self._beside(config)
         trial.spent_s = time.monotonic() - start
-        if trial.value is not None:
-            self.leader = min(self.leader, trial.value)
+        self.leads(trial)
         return trial
+
+    def leads(self, trial: Trial) -> None:
+        """Take note of an outcome: it may be the one to beat."""
+        if trial.value is not None and trial.value < self.leader:
+            self.leader, self.leader_rounds = trial.value, max(1, len(trial.rounds))
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a round's log ratio, from the steps between rounds of all configs so far.
+
+        By their median: rounds that a neighbour on the machine disturbed would otherwise hide every difference.
+        """
+        if len(self.steps) < NOISE_AFTER:
+            return self.unrest
+        middle = sorted(self.steps)[len(self.steps) // 2]
+        return max(1e-3, 1.4826 * middle / math.sqrt(2))
 
     def ensure_default(self) -> None:
         """Prepare the default if it is not: after a resume, its outcome is known but nothing is built."""
@@ -95,6 +117,9 @@ class Bench:
             return trial
         trial.ratio = 1.0
         self.reference = entrant
+        single = np.log(statistics.q25(entrant.rounds))
+        # Two rounds of one time differ by sqrt(2) of its deviation, and so does a ratio of two times in one round.
+        self.unrest = max(NOISE, 1.4826 * float(np.median(np.abs(np.diff(single)))))
         return trial
 
     def _options(self, config: Config) -> race.Options:
@@ -119,23 +144,43 @@ class Bench:
         return self._outcome(candidate, cut)
 
     def _rounds(self, candidate: race.Entrant) -> bool:
-        """Time it; True if it was cut after the first round."""
+        """Time it round by round; True if it was cut because its interval lies above the leader's.
+
+        A config in whose interval the leader's value lies gets more rounds than the others: it may be the winner.
+        """
         field = [candidate] if self.reference is None else [self.reference, candidate]
         for entrant in field:
             entrant.rounds = []
         options = self._options(candidate.config)
-        for number in range(ROUNDS):
+        for number in range(CONTENDER_ROUNDS):
             each = replace(options, seed=options.seed + number)
             handle = candidate.handle
-            race.time_rounds(self.lab, self.problem, field, each, 1, _quiet, last=number == ROUNDS - 1)
+            # The last of the usual rounds always ends with a check of the timed output.
+            race.time_rounds(self.lab, self.problem, field, each, 1, _quiet, last=number >= ROUNDS - 1)
             if candidate.status == Status.WRONG and handle is not None:
                 self.lab.release(self.impl, handle)  # its worker lives on, and with it the tensors
             if any(entrant.status != Status.OK for entrant in field):
                 break
             value = self._outcome(candidate, False).value
-            if number == 0 and value is not None and value > CUT * self.leader:
-                return True
+            if value is None or not math.isfinite(self.leader):
+                if number + 1 >= ROUNDS:
+                    break
+                continue
+            behind = math.log(value / self.leader)
+            reach = Z * self.noise * math.sqrt(1 / (number + 1) + 1 / self.leader_rounds)
+            if behind > reach:
+                self._learn(candidate)
+                return number + 1 < ROUNDS
+            if number + 1 >= ROUNDS and behind > reach / 2:
+                break
+        self._learn(candidate)
         return False
+
+    def _learn(self, candidate: race.Entrant) -> None:
+        """How much two rounds of one config differ."""
+        if self.reference is not None and all(e.status == Status.OK for e in (candidate, self.reference)):
+            logs = statistics.paired_logs(candidate.rounds, self.reference.rounds)
+            self.steps += [abs(float(b - a)) for a, b in itertools.pairwise(logs)]
 
     def _outcome(self, candidate: race.Entrant, cut: bool) -> Trial:
         trial = _trial(candidate, cut)

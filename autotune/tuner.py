@@ -5,28 +5,30 @@ The best config is kept in the tuned table only if it beats the default config w
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rooftune import device, race
-from rooftune.autotune import final, search
-from rooftune.autotune.journal import SCHEMA, Journal, Trial, canonical, default_path, digest, toolchain
-from rooftune.autotune.limits import Budget, constraint
+from rooftune import device, race, sensors
+from rooftune.autotune import final
+from rooftune.autotune.job import Job
+from rooftune.autotune.journal import Trial, canonical
+from rooftune.autotune.limits import Budget
+from rooftune.autotune.nearest import distance
 from rooftune.autotune.table import Entry, Table
-from rooftune.autotune.trial import Bench
-from rooftune.core import Config, Problem, Status, unknown
+from rooftune.core import Config, Problem, Status, Unavailable, unknown
+from rooftune.energy import Energy
 from rooftune.lab import Lab
 from rooftune.registry import Impl
 from rooftune.results import statistics
 
 Event = race.Event
-OBJECTIVES = ("time",)
+OBJECTIVES = ("time", "energy", "edp")
 DEFAULT_BUDGET = "60s"
+STARTS = 3  # configs from other shapes
 
 
 @dataclass
@@ -40,6 +42,7 @@ class TuneResult:
         speedup: default's time over the winner's in the deciding rounds, `speedup_ci` its 95 % interval.
         search_speedup: what the search had measured for the winner; `luck` = search_speedup / speedup - 1.
         rel_fro: relative Frobenius error of `config` in the thorough check.
+        joules: of `config` per call, where the objective needed them; None otherwise.
         measured, failed, resumed: configs with an outcome; those without a time; those from an earlier run.
     """
 
@@ -65,6 +68,8 @@ class TuneResult:
     journal: str
     resumed: int = 0
     failures: dict[str, int] = field(default_factory=dict)
+    objective: str = "time"
+    joules: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -85,136 +90,91 @@ def tune(
     identity: dict[str, Any] | None = None,
     options: race.Options | None = None,
     table: Table | None = None,
+    also: Sequence[Config] = (),
+    energy: bool = False,
     event: Event = lambda kind, text: None,
 ) -> TuneResult:
-    """Search the configs of one competitor on one problem.
+    """Search the configs of one competitor on one problem; see `Job` for the arguments not named here.
 
     Args:
         budget: `60s`, `2m`, `40`; see `Budget`.
-        search_name: a generator of `autotune.search`.
-        seed: of the search, the data and the order of rounds; part of the journal's key.
-        journal_path: default: a file per competitor and problem in the results folder.
-        max_error: largest relative Frobenius error a config may have.
-        where: constraints such as `block_m<=64`.
-        identity: of the device, as `Device.identity()`; looked up if not given.
-        options: how to time; `rounds` is that of each stage of the final.
-        table: where a winner goes; the default table if not given.
+        objective: what the final decides by; `energy` (joules a call) and `edp` (joules times seconds) need a
+            sensor. The search itself minimises time: a figure in joules takes a minute per config.
+        energy: measure the joules of the best few in any case; the objective decides alone.
+        table: where a winner goes; the default table if not given. It promises time, so only `time` enters it.
     Raises:
         UsageError: unknown search or objective, no valid config, a default that breaks a constraint.
-        Unavailable: the competitor cannot run here, or stopped running.
+        Unavailable: the competitor cannot run here, or stopped running; or no sensor for the objective.
     """
     spend = Budget.parse(budget) if isinstance(budget, str) else budget
-    steps_of = search.find(search_name)
+    check_objective(objective, lab)
+    first = winners_nearby(table or Table(), impl, problem)
+    job = Job(
+        lab, impl, problem, search_name, seed, journal_path, max_error, where, identity, options, also, first, event
+    )
+    if job.journal.final is None or spend.left(job.journal) or job.missing:
+        job.advance(spend)
+    return conclude(job, objective, table, spend, energy)
+
+
+def winners_nearby(table: Table, impl: Impl, problem: Problem) -> list[Config]:
+    """What won for this competitor at the nearest other shapes, on whatever device: the search tries these first.
+
+    A few only: where they mislead, they cost as many configs, and no more.
+    """
+    others = [(distance(problem, Problem.parse(e.problem)), -e.unix_time, e) for e in table.entries()]
+    mine = [x for x in others if x[2].impl == impl.key and math.isfinite(x[0])]
+    unique = {canonical(e.config): e.config for _, _, e in sorted(mine, key=lambda x: x[:2])}
+    return list(unique.values())[:STARTS]
+
+
+def check_objective(objective: str, lab: Lab) -> None:
+    """Refuse an objective that nobody knows, or that cannot be measured here.
+
+    Raises:
+        UsageError: unknown. Unavailable: no sensor; says why.
+    """
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
-    timing = options or race.Options(rounds=final.ROUNDS, min_sample_s=1e-3)
-    timing = replace(timing, seed=seed)
-    found = lab.space(impl, problem)
-    default: Config = found["default"]
-    rules = [constraint(text) for text in where]
-    configs = [c for c in found["configs"] if c != default and all(rule(c) for rule in rules)]
-    space = search.SearchSpace.of(found["axes"], [default, *configs], start=[default])
-    what = {
-        "schema": SCHEMA,
-        "impl": impl.key,
-        "problem": str(problem),
-        "source_hash": impl.source_hash,
-        "toolchain": toolchain(impl),
-        "device": identity if identity is not None else identity_of(lab),
-        "threads": lab.threads,
-        "timing": {"cache": timing.cache, "clock": timing.clock},
-        "space": digest([found["axes"], sorted(canonical(c) for c in [default, *configs])]),
-        "search": search_name,
-        "seed": seed,
-        "max_error": max_error,
-    }
-    journal = Journal(journal_path or default_path(impl, problem), what, lambda text: event("journal", text))
-    if journal.final is not None and not spend.left(journal):
-        event("journal", f"{journal.path}: this budget is spent and decided; a larger --budget goes on from here")
+    if objective == "time":
+        return
+    index = lab.device.partition(":")[2]
+    sensor = sensors.find_sensor(device.find(f"{lab.kind}:{index}" if index else lab.kind))
+    if isinstance(sensor, Energy):
+        raise Unavailable(f"--objective {objective} needs an energy sensor: {sensor.reason}")
+
+
+def conclude(
+    job: Job,
+    objective: str = "time",
+    table: Table | None = None,
+    budget: Budget | None = None,
+    energy: bool = False,
+) -> TuneResult:
+    """The final of a job's search, unless its journal holds one about the same outcomes; a winner enters the table."""
+    journal = job.journal
+    if journal.final is not None and journal.final.get("objective", "time") == objective:
+        if budget is None or not budget.left(journal):
+            job.event(
+                "journal", f"{journal.path}: this budget is spent and decided; a larger --budget goes on from here"
+            )
         result = TuneResult(**{**journal.final, "resumed": journal.resumed})
     else:
-        _search(lab, impl, problem, space, steps_of, journal, spend, timing, max_error, default, event)
-        result = _conclude(lab, impl, problem, default, journal, timing, len(space), event)
+        result = _conclude(job, objective, energy)
         journal.finish(result.as_json())
-    if result.better:
-        (table or Table()).put(entry(result, problem, what))
+    if result.better and objective == "time":
+        (table or Table()).put(entry(result, job.problem, job.what))
     return result
 
 
-def identity_of(lab: Lab) -> dict[str, Any]:
-    """Identity of the device a Lab works on."""
-    index = lab.device.partition(":")[2]
-    return device.find(f"{lab.kind}:{index}" if index else lab.kind).identity()
-
-
-def _search(
-    lab: Lab,
-    impl: Impl,
-    problem: Problem,
-    space: search.SearchSpace,
-    steps_of: Callable[[search.SearchSpace, np.random.Generator], search.Search],
-    journal: Journal,
-    budget: Budget,
-    options: race.Options,
-    max_error: float | None,
-    default: Config,
-    event: Event,
-) -> None:
-    """Ask, measure, tell. A config whose outcome is in the journal is told and not measured."""
-    started, before = time.monotonic(), journal.spent_s
-    steps = steps_of(space, np.random.default_rng(options.seed))
-    with Bench(lab, impl, problem, default, options, max_error) as bench:
-        if (known := journal.trials.get(canonical(default))) and known.value is None:
-            bench.default_reason = f"{known.status} {known.reason}"
-        config = next(steps, None)
-        while config is not None:
-            trial = journal.trials.get(canonical(config))
-            if trial is None:
-                if not budget.left(journal):
-                    break
-                if config != default:
-                    bench.ensure_default()
-                trial = bench.measure(config)
-                journal.add(trial)
-                _tell(journal, trial, len(space), budget, before + time.monotonic() - started, event)
-            elif trial.value is not None:
-                bench.leader = min(bench.leader, trial.value)
-            try:
-                config = steps.send(search.Outcome(trial.value, str(trial.status), trial.reason))
-            except StopIteration:
-                config = None
-    steps.close()
-
-
-def _tell(journal: Journal, trial: Trial, valid: int, budget: Budget, spent_s: float, event: Event) -> None:
-    values = [t.value for t in journal.trials.values() if t.value is not None]
-    best = f"best {1 / min(values):.2f}x" if values and trial.ratio is not None else f"{len(values)} ran"
-    text = f"{len(journal.trials)} of {valid} configs, {spent_s:.0f} s of {budget}, {best}"
-    event("tune" if trial.status == Status.OK else "failed", f"{text}; {canonical(trial.config)}: {_how(trial)}")
-
-
-def _how(trial: Trial) -> str:
-    if trial.status != Status.OK:
-        return f"{trial.status} {trial.reason}"
-    return f"{trial.time_s:.3g} s" + (", cut" if trial.cut else "")
-
-
-def _conclude(
-    lab: Lab,
-    impl: Impl,
-    problem: Problem,
-    default: Config,
-    journal: Journal,
-    options: race.Options,
-    valid: int,
-    event: Event,
-) -> TuneResult:
+def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
     """The final among the best few that the search found."""
+    journal, default = job.journal, job.default
     trials = journal.trials
     ranked = sorted((t for t in trials.values() if t.value is not None and not t.cut), key=lambda t: t.value or 0.0)
     best = [t.config for t in ranked if t.config != default][: final.FINALISTS]
-    timing = replace(options, rounds=max(options.rounds, 10))
-    end = final.decide(lab, impl, problem, default, best, timing, event)
+    timing = replace(job.timing, rounds=max(job.timing.rounds, 10))
+    end = final.decide(job.lab, job.impl, job.problem, default, best, timing, job.event, objective, energy)
     failed: dict[str, int] = {}
     for trial in trials.values():
         if trial.status != Status.OK:
@@ -224,8 +184,8 @@ def _conclude(
     claimed = 1 / hoped if hoped else None
     known = trials.get(canonical(default))
     return TuneResult(
-        impl=impl.key,
-        problem=str(problem),
+        impl=job.impl.key,
+        problem=str(job.problem),
         default=default,
         config=winner.config if winner and end.better else default,
         winner=winner.config if winner else None,
@@ -240,13 +200,21 @@ def _conclude(
         rel_fro=_error(winner if winner and end.better else end.default, known),
         measured=len(trials),
         failed=sum(failed.values()),
-        valid=valid,
+        valid=len(job.space),
         search=journal.what["search"],
         seed=journal.what["seed"],
         journal=str(journal.path),
         resumed=journal.resumed,
         failures=failed,
+        objective=objective,
+        joules=_joules(winner if winner and end.better else end.default),
     )
+
+
+def _joules(entrant: race.Entrant | None) -> float | None:
+    """Per call, where the final measured them."""
+    found = ((entrant.energy if entrant else None) or {}).get("joules")
+    return found if isinstance(found, float) else None
 
 
 def _error(used: race.Entrant, default: Trial | None) -> float | None:

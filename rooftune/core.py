@@ -353,6 +353,8 @@ class Resources:
     """What a compiled kernel takes from a multiprocessor; from the machine code, nothing ran.
 
     `tensor_core` lists the matrix instructions found (HMMA, HGMMA, IMMA, mma.sync...), empty if none.
+    `binary` stands for the machine code and its grid: two configs with the same one are the same kernel. Empty
+    where the grid is not known to what compiles.
     """
 
     arch: str
@@ -362,6 +364,7 @@ class Resources:
     tensor_core: tuple[str, ...] = ()
     toolchain: str = ""
     threads: int | None = None
+    binary: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ register arrays in registers; `compile_for` proves the last.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -206,7 +207,8 @@ def resources(launch: Launch, arch: str) -> Resources:
     options = LinkerOptions(arch=arch, max_register_count=limit, ptxas_options=["-v"], verbose=True)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     linker.link("cubin")
-    return _read_log(linker.get_info_log(), ptx, arch, launch.threads)
+    found = _read_log(linker.get_info_log(), ptx, arch, launch.threads)
+    return replace(found, binary=f"{hashlib.sha256(ptx.encode()).hexdigest()[:16]} {launch.blocks} {limit}")
 
 
 def _read_log(log: str, ptx: str, arch: str, threads: int) -> Resources:

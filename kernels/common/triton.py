@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import triton
@@ -163,7 +163,8 @@ class Launch:
                 continue
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
             aligned += [name] if isinstance(value, int) and value % 16 == 0 else []
-        return compile_kernel(self.kernel, signature, constants, aligned, dict(self.options), arch)
+        found = compile_kernel(self.kernel, signature, constants, aligned, dict(self.options), arch)
+        return replace(found, binary=f"{found.binary} {self.grid}")
 
 
 def multiprocessors() -> int:

@@ -7,6 +7,7 @@ wheel's disassembler does not know the architecture). Verified for Triton 3.6 an
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -69,6 +70,7 @@ def compile_kernel(
         tensor_core=matrix_instructions(built.asm["cubin"], built.asm["ptx"]),
         toolchain=f"triton {triton.__version__}, {assembler}",
         threads=int(built.metadata.num_warps) * WARP,
+        binary=hashlib.sha256(built.asm["cubin"]).hexdigest()[:16],
     )
 
 

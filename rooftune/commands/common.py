@@ -176,7 +176,7 @@ def keeping(chosen: argparse.Namespace, records: list[Record]) -> Iterator[None]
 def tuned_entrants(
     session: Session, problems: Sequence[Problem], impls: Sequence[Impl] | None = None
 ) -> dict[Problem, list[race.Entrant]]:
-    """Tuned configs of this device, from the table, join the race of their problem."""
+    """Tuned configs of this device, from the table, join the race of their problem; of its neighbours by the rule."""
     from rooftune.autotune.table import Table
 
     table = Table()
@@ -190,6 +190,11 @@ def tuned_entrants(
                 and not impl.baseline
             ):
                 found = table.lookup(impl, problem, session.about["identity"], session.threads)
-                if found.entry is not None:
-                    extra.setdefault(problem, []).append(race.Entrant(impl, found.entry.config, False))
+                config = found.entry.config if found.entry is not None else None
+                if config is None and impl.missing is None:
+                    config = table.neighbour(impl, problem, session.about["identity"], session.threads).config
+                    if config is not None and config not in session.lab.space(impl, problem)["configs"]:
+                        config = None
+                if config is not None:
+                    extra.setdefault(problem, []).append(race.Entrant(impl, config, False))
     return extra

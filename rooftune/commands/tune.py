@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rooftune import registry
-from rooftune.autotune import dispatch, precisions, tuner
+from rooftune import race, registry
+from rooftune.autotune import dispatch, nearest, precisions, search, tuner
+from rooftune.autotune.job import Job
+from rooftune.autotune.limits import EFFORTS, Budget
+from rooftune.autotune.share import share
+from rooftune.autotune.table import Table, rule_key
 from rooftune.autotune.tuner import TuneResult
 from rooftune.commands import common
 from rooftune.core import ExitCode, Problem, Unavailable, UsageError
@@ -30,23 +36,26 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
     name = common.device_name(chosen)
     kind = name.partition(":")[0]
     problems = common.problems(chosen, kind, loaded)
-    seed = chosen.seed or 0  # part of the journal's key: a drawn seed would never find its journal again
     console = common.console(chosen)
     results: list[dict[str, Any]] = []
-    check_search(chosen)
+    plan = Plan.of(chosen)
     with Session("tune", name, chosen.threads, chosen.quiet) as session:
+        tuner.check_objective(plan.objective, session.lab)
         session.check_user_files(loaded, {p.op: p for p in problems})
         try:
             if chosen.max_error is not None:
                 shapes = dict.fromkeys(p.replace(precision="fp32") for p in problems)
                 for shape in shapes:
                     impls = [i for i in common.impls(chosen, shape.op, loaded) if _tunable(i, kind)]
-                    _precisions(chosen, session, impls, shape, seed, results, console)
+                    _precisions(chosen, plan, session, impls, shape, results, console)
             else:
-                for problem in problems:
-                    for impl in common.impls(chosen, problem.op, loaded):
-                        if _tunable(impl, kind) and problem.precision in impl.precisions:
-                            _one(chosen, session, impl, problem, seed, results, console)
+                pairs = [
+                    (impl, problem)
+                    for problem in problems
+                    for impl in common.impls(chosen, problem.op, loaded)
+                    if _tunable(impl, kind) and problem.precision in impl.precisions
+                ]
+                _tune_all(plan, session, pairs, results, console)
         finally:
             _write(chosen, results)
         session.clear()
@@ -55,36 +64,149 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-def check_search(chosen: argparse.Namespace) -> None:
-    """Complain about the search and the budget before the device is touched."""
-    from rooftune.autotune import search
-    from rooftune.autotune.limits import Budget
+@dataclass(frozen=True)
+class Plan:
+    """How hard to look and for what, as the options say."""
 
-    search.find(chosen.search)
-    Budget.parse(chosen.budget)
+    search: str
+    budget: Budget
+    objective: str
+    seed: int
+    shared: bool
+    weights: dict[str, float]
+
+    @classmethod
+    def of(cls, chosen: argparse.Namespace) -> Plan:
+        """Read the options; complains before the device is touched.
+
+        Raises:
+            UsageError: unknown search, or a budget or weight that is not understood.
+        """
+        name = chosen.search
+        budget = EFFORTS[chosen.effort] if chosen.effort else Budget.parse(tuner.DEFAULT_BUDGET)
+        if chosen.effort == "exhaustive":
+            name = "exhaustive"
+        if chosen.budget:
+            budget = Budget.parse(chosen.budget)
+        search.find(name)
+        weights: dict[str, float] = {}
+        for text in chosen.weight:
+            problem, _, number = text.rpartition("=")
+            if not re.fullmatch(r"\d+(\.\d+)?", number):
+                raise UsageError(f"--weight {text}: write PROBLEM=NUMBER, such as 'softmax[m=64,n=512]=2.5'")
+            weights[str(registry.problem(problem))] = float(number)
+        seed = chosen.seed or 0  # part of the journal's key: a drawn seed would never find its journal again
+        return cls(name, budget, chosen.objective, seed, chosen.share or bool(weights), weights)
+
+
+def _tune_all(
+    plan: Plan, session: Session, pairs: list[tuple[Impl, Problem]], results: list[Any], console: Any
+) -> None:
+    """Tune each by itself, or all on one budget; then try every winner at the sizes beside its own."""
+    jobs: list[Job] = []
+    found: dict[int, TuneResult] = {}
+    for impl, problem in pairs:
+        try:
+            job = Job(
+                session.lab,
+                impl,
+                problem,
+                plan.search,
+                plan.seed,
+                identity=session.about["identity"],
+                start=tuner.winners_nearby(Table(), impl, problem),
+                event=_teller(session, f"{problem} {impl.key}"),
+            )
+            if not jobs and job.ahead.why and session.device.kind == "cpu":
+                session.say(f"configs are {job.ahead.why}")
+            if not plan.shared:
+                if job.journal.final is None or plan.budget.left(job.journal):
+                    job.advance(plan.budget)
+                found[len(jobs)] = _conclude(job, plan, session, results, console)
+        except Unavailable as error:
+            session.clear()
+            console.print(f"{impl.key} {problem}: {error}", markup=False)
+            continue
+        jobs.append(job)
+    if plan.shared:
+        for account in share(jobs, plan.budget, plan.weights, lambda kind, text: session.say(text)):
+            found[jobs.index(account.job)] = _conclude(account.job, plan, session, results, console)
+    for number, result in _neighbours(plan, session, jobs, found, console).items():
+        results[:] = [r for r in results if (r["impl"], r["problem"]) != (result.impl, result.problem)]
+        results.append({"kind": "tuned", **result.as_json()})
+        found[number] = result
+
+
+def _teller(session: Session, who: str) -> race.Event:
+    return lambda kind, text: session.say(f"{who}: {text}")
+
+
+def _conclude(job: Job, plan: Plan, session: Session, results: list[Any], console: Any) -> TuneResult:
+    result = tuner.conclude(job, plan.objective)
+    session.clear()
+    results.append({"kind": "tuned", **result.as_json()})
+    session.log.append({"schema": 1, "run": session.run, "kind": "tuned", "result": result.as_json()})
+    show(result, console)
+    return result
+
+
+def _neighbours(
+    plan: Plan, session: Session, jobs: list[Job], found: dict[int, TuneResult], console: Any
+) -> dict[int, TuneResult]:
+    """Per competitor, flags and precision: measure each shape's winner at the others, fit the rule, say what it costs.
+
+    Returns:
+        The results that this changed: a neighbour's winner may be the better one here too.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number in found:
+        problem = jobs[number].problem
+        groups.setdefault((jobs[number].impl, problem.precision, problem.flags), []).append(number)
+    changed: dict[int, TuneResult] = {}
+    table = Table()
+    for (impl, precision, _), numbers in groups.items():
+        if len(numbers) < nearest.LEAST:
+            continue
+        winners = [found[n].config for n in numbers]
+        for number in numbers:
+            job = jobs[number]
+            job.also = [c for c in winners if job.valid(c)]
+            if job.missing:
+                job.advance(Budget(configs=0))
+                changed[number] = tuner.conclude(job, plan.objective)
+        after = {n: changed.get(n, found[n]) for n in numbers}
+        shapes = [
+            nearest.shape_of(jobs[n].problem, jobs[n].default, r.config, jobs[n].journal.trials)
+            for n, r in after.items()
+        ]
+        rule = nearest.fit(impl.key, shapes)
+        if rule is None:
+            continue
+        table.rules.put(rule, rule_key(impl, session.about["identity"], session.threads))
+        session.clear()
+        console.print(f"\n{impl.key} {precision}, {len(numbers)} shapes", style="bold", markup=False)
+        console.print(f"  {nearest.told(rule)}", markup=False)
+    return changed
 
 
 def simulated(chosen: argparse.Namespace) -> ExitCode:
     """Replay the search on recorded tunings with several seeds; no device is touched."""
     from rooftune.autotune import formats, simulate
-    from rooftune.autotune.limits import Budget
 
-    check_search(chosen)
-    budget = Budget.parse(chosen.budget)
-    if budget.seconds is not None and chosen.budget != tuner.DEFAULT_BUDGET:
+    plan = Plan.of(chosen)
+    if chosen.budget and plan.budget.seconds is not None:
         raise UsageError(f"--budget {chosen.budget}: a replay takes no time; give configs, such as --budget 100")
     console = common.console(chosen)
-    first = chosen.seed or 0
     results: list[dict[str, Any]] = []
     for path in chosen.simulate:
         for tuning in formats.load(Path(path)):
             replays = [
-                simulate.replay(tuning, chosen.search, budget.configs, seed) for seed in range(first, first + SEEDS)
+                simulate.replay(tuning, plan.search, plan.budget.configs, plan.seed + extra) for extra in range(SEEDS)
             ]
             told = simulate.summary(tuning, replays)
             results.append(told)
             console.print(f"\n{tuning.kernel} {tuning.problem} {tuning.device}".rstrip(), style="bold", markup=False)
-            console.print(f"  {told['recorded']} configs on record, {chosen.search}, {SEEDS} seeds", markup=False)
+            console.print(f"  {told['recorded']} configs on record, {plan.search}, {SEEDS} seeds", markup=False)
             shares = "  ".join(
                 f"{n}: {share:.3f}" for n, share in told["share_after"].items() if int(n) <= told["tried"]
             )
@@ -99,39 +221,6 @@ def simulated(chosen: argparse.Namespace) -> ExitCode:
 def _tunable(impl: Impl, kind: str) -> bool:
     """Baselines are not ours to tune: each of their calls races by itself."""
     return kind in impl.devices and impl.missing is None and not impl.baseline and not impl.per_shape
-
-
-def _one(
-    chosen: argparse.Namespace,
-    session: Session,
-    impl: Impl,
-    problem: Problem,
-    seed: int,
-    results: list[Any],
-    console: Any,
-) -> None:
-    def event(kind: str, text: str) -> None:
-        session.say(f"{problem} {impl.key}: {text}")
-
-    try:
-        result = tuner.tune(
-            session.lab,
-            impl,
-            problem,
-            chosen.budget,
-            chosen.search,
-            seed,
-            identity=session.about["identity"],
-            event=event,
-        )
-    except Unavailable as error:
-        session.clear()
-        console.print(f"{impl.key} {problem}: {error}", markup=False)
-        return
-    session.clear()
-    results.append({"kind": "tuned", **result.as_json()})
-    session.log.append({"schema": 1, "run": session.run, "kind": "tuned", "result": result.as_json()})
-    show(result, console)
 
 
 def show(result: TuneResult, console: Any) -> None:
@@ -163,10 +252,10 @@ def _config(config: dict[str, Any]) -> str:
 
 def _precisions(
     chosen: argparse.Namespace,
+    plan: Plan,
     session: Session,
     impls: list[Impl],
     shape: Problem,
-    seed: int,
     results: list[Any],
     console: Any,
 ) -> None:
@@ -180,21 +269,24 @@ def _precisions(
         shape,
         asked,
         chosen.max_error,
-        budget=chosen.budget,
-        search_name=chosen.search,
-        seed=seed,
+        budget=plan.budget,
+        search_name=plan.search,
+        seed=plan.seed,
+        objective=plan.objective,
         identity=session.about["identity"],
         event=lambda kind, text: session.say(f"{shape} {text}"),
     )
     session.clear()
-    title = f"{shape.op} {shape.shape}: precisions with error up to {chosen.max_error:g}"
+    title = f"{shape.op} {shape.shape}: precisions with error up to {chosen.max_error:g}, inputs' rounding included"
     console.print(f"\n{title}", style="bold", markup=False)
     for point in points:
         mark = "front" if point.front else ""
         time = "-" if point.time_s is None else f"{point.time_s * 1e6:,.1f} us"
-        error = "-" if point.rel_fro is None else f"{point.rel_fro:.1e}"
+        error = "-" if point.error is None else f"{point.error:.1e}"
+        joules = "" if point.joules is None else f"{point.joules * 1e3:,.2f} mJ "
         console.print(
-            f"  {point.precision:5} {point.impl:24} {time:>14} error {error:8} {mark} {point.reason}", markup=False
+            f"  {point.precision:5} {point.impl:24} {time:>14} error {error:8} {joules}{mark} {point.reason}",
+            markup=False,
         )
         results.append({"kind": "point", "shape": str(shape), **point.as_json()})
     session.log.append({"schema": 1, "run": session.run, "kind": "front", "points": [p.as_json() for p in points]})

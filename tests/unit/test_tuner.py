@@ -126,7 +126,7 @@ def test_slow_configs_are_cut_after_one_round_and_cannot_win(tmp_path: Path) -> 
     slow = [t for t in trials if t["config"]["unroll"] == 4]
     assert slow
     assert all(t["cut"] and len(t["rounds"]) == 1 for t in slow)
-    assert any(len(t["rounds"]) == ROUNDS for t in trials)
+    assert any(len(t["rounds"]) >= ROUNDS for t in trials)
     assert result.config["unroll"] != 4
 
 
@@ -317,7 +317,7 @@ def test_unknown_names_are_refused_before_anything_is_measured(tmp_path: Path, o
 
 def test_pareto_front() -> None:
     def point(time_s: float | None, error: float | None, reason: str = "") -> Point:
-        return Point("fp32", "x/y", time_s, error, None, None, reason=reason)
+        return Point("fp32", "x/y", time_s, error, None, None, reason=reason, error=error)
 
     points = front([point(3, 1e-7), point(1, 1e-3), point(2, 1e-2), point(None, None, "no"), point(0.5, 9.0, "over")])
     assert [(p.time_s, p.front) for p in points] == [(0.5, False), (1, True), (2, False), (3, True), (None, False)]
