@@ -217,7 +217,7 @@ def end(queries: int, dtype: str) -> Any:
 
 @cache
 def compiled(dtype: str, rows: int, queries: int) -> Any:
-    """Numba function (q, k, v, out, scratch, scratch size, heads, group, sq, sk, d, causal, block, tiles, factor, slots)."""
+    """Numba function of addresses (q, k, v, out, scratch), sizes, the factor of the scores, and slots."""
     form, item = Format(dtype, 1), ITEM[dtype]
     panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
     pack_q, pack_k, pack_v = pack(form, queries, True), pack(form, panel, True), pack(form, panel, False)

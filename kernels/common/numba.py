@@ -193,7 +193,8 @@ class Emit:
         b = self.builder
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-        b.call(fetch, [b.inttoptr(address, I8.as_pointer()), *(ir.Constant(I32, x) for x in ((1, 3, 1) if write else (0, 2, 1)))])
+        how = (1, 3, 1) if write else (0, 2, 1)  # write, locality (3: L1, 2: L2), data
+        b.call(fetch, [b.inttoptr(address, I8.as_pointer()), *(ir.Constant(I32, x) for x in how)])
 
     def aligned(self, address: Value, dtype: str) -> Value:
         """Whether a vector may be streamed to this address."""

@@ -1,8 +1,8 @@
 """Register tiles for matrix products in Numba: packed operands of 4-byte words and the kernel that multiplies them.
 
 A word holds what one lane takes in one step: an fp32 number, two bf16 (`vdpbf16ps`), two int8 as 16 bits
-(`pmaddwd`) or four int8 (`vpdpbusd`). Panels are [words of k][rows of the panel], so that every format has the same tile kernel;
-16-bit formats without an instruction of their own are widened to fp32 while they are packed.
+(`pmaddwd`) or four int8 (`vpdpbusd`). Panels are [words of k][rows of the panel], so that every format has the
+same tile kernel; 16-bit formats without an instruction of their own are widened to fp32 while they are packed.
 """
 
 from __future__ import annotations
@@ -200,9 +200,8 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False) -> Any:
             j = b.mul(word, e.index(form.steps))
             for first in range(0, size, e.width):
                 lanes = min(e.width, size - first)
-                rows = []
-                for i in range(first, first + lanes):
-                    rows.append(finish(_words(e, form, address(clamp(e.index(i)), j))))
+                places = [address(clamp(e.index(i)), j) for i in range(first, first + lanes)]
+                rows = [finish(_words(e, form, place)) for place in places]
                 rows += [rows[-1]] * (e.width - lanes)
                 for step, row in enumerate(transpose(e, rows)):
                     if lanes < e.width:
@@ -241,16 +240,24 @@ def multiply_add(e: Emit, form: Format) -> Callable[[Value, Value, Value], Value
 
 
 @cache
-def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1) -> Any:
-    """Numba function (a, b, c, words, add): c (+)= a b on one register tile.
+def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1, direct: str = "") -> Any:
+    """Numba function (a, b, c, words, add[, stride]): c (+)= a b on one register tile.
 
     a: packed [words][panel], of which `rows` from the address on are multiplied; b: packed [words][columns];
     c: [rows][columns] of accumulators, added to if `add` is not 0. `panel` is `rows` unless given; `unroll`
-    steps of k are one round of the loop.
+    steps of k are one round of the loop. `direct`: b is not packed but lies in memory in this precision,
+    rows `stride` bytes apart.
     """
 
-    def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value) -> None:
+    def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value, *stride: Value) -> None:
         b, vectors = e.builder, columns // e.width
+        apart = stride[0] if direct else e.index(columns * WORD)
+
+        def operand(base: Value, v: int) -> Value:
+            if direct:
+                return e.load(b.add(base, e.index(v * e.width * ITEM[direct])), direct)
+            return e.load_raw(b.add(base, e.index(v * e.width * WORD)), e.ints, WORD)
+
         kind = e.vector if form.accumulator == "fp32" else e.ints
         madd = multiply_add(e, form)
         starts = [b.add(a, e.index(i * WORD)) for i in range(rows)]
@@ -265,8 +272,8 @@ def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1)
 
         def step(k: Value, sums: list[Value]) -> State:
             behind = b.mul(k, e.index(WORD * (panel or rows)))
-            base = e.offset(b_panel, k, columns * WORD)
-            right = [e.load_raw(b.add(base, e.index(v * e.width * WORD)), e.ints, WORD) for v in range(vectors)]
+            base = b.add(b_panel, b.mul(k, apart))
+            right = [operand(base, v) for v in range(vectors)]
             out = []
             for i in range(rows):
                 word = e.broadcast(e.load_raw(b.add(starts[i], behind), I32, WORD), e.width)
@@ -284,7 +291,7 @@ def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1)
         for place, value in zip(flat, sums, strict=True):
             e.store_raw(value, place, WORD)
 
-    return intrinsic([types.int64] * 5, emit)
+    return intrinsic([types.int64] * (6 if direct else 5), emit)
 
 
 @cache

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from llvmlite import ir
-from numba import prange, types
+from numba import prange
 
 from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import (
-    ITEM,
-    LINE,
-    LOG2E,
-    Chunk,
-    Emit,
-    State,
-    Value,
-    intrinsic,
-    jit,
-    require,
-    threads,
-    vector_width,
-)
+from rooftune.kernels.common.numba import ITEM, LINE, jit, require, threads, vector_width
+from rooftune.kernels.common.numba_epilogue import column_sums, finish
+from rooftune.kernels.common.numba_thin import columns_at_once, dots
 from rooftune.kernels.common.numba_tile import Format, dot_formats, dot_is_fast, format_of, pack, tile, touch
 
 DEVICES = ("cpu",)
@@ -34,22 +21,24 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 TILES = {  # rows x columns of the register tile, by lanes of a vector; the first is the default
     16: ("14x32", "8x48", "12x32", "6x64", "28x16", "4x64", "1x128"),
-    8: ("6x16", "4x24", "12x8", "1x64"),
-    4: ("6x8", "4x12", "8x8", "1x32"),
+    8: ("6x16", "4x24", "12x8", "2x32", "1x64"),
+    4: ("6x8", "4x12", "8x8", "2x16", "1x32"),
 }
+FEW = 64  # rows of a up to which b is not packed: 1.25x torch instead of 0.84x at 32, 1.12x instead of 0.96x at 64
 SWEEP = 32  # words of k packed at a time where k is not contiguous
 
 
 def _default(problem: Problem) -> Config:
-    tiles = TILES[vector_width()]
-    dtype = problem.precision
+    tiles, dtype = TILES[vector_width()], problem.precision
+    few = problem["m"] <= FEW and dtype != "int8"
     return {
-        "tile": tiles[-1] if problem["m"] == 1 else tiles[0],
+        "tile": tiles[-1] if problem["m"] == 1 else tiles[1] if few else tiles[0],
         "block_m": 168,
-        "block_k": 512,
+        "block_k": 8 if few else 512,
         "unroll": 1,
         "prefetch": "next",
-        "multiply": "dot" if dtype in dot_formats() and dot_is_fast(dtype) else "widen",
+        "multiply": "dot" if dtype in dot_formats() and dot_is_fast(dtype) and not few else "widen",
+        "read_b": "direct" if few else "packed",
     }
 
 
@@ -57,106 +46,27 @@ SPACE = Space(
     axes={
         "tile": TILES[vector_width()],
         "block_m": (56, 84, 112, 168, 224, 336),  # rows of a that one task multiplies with every panel of b
-        "block_k": (128, 256, 384, 512, 768, 1024, 4096),  # steps after which sums go to memory and back
+        "block_k": (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 4096),  # steps before sums go to memory and back
         "unroll": (1, 2, 4),  # steps of k in a round of the innermost loop
         "prefetch": ("none", "next"),  # next: a share of the next panel of b and the lines of the output
         "multiply": ("widen", "dot"),  # dot: vdpbf16ps and vpdpbusd
+        "read_b": ("packed", "direct"),  # direct: where it lies, for a few rows of a
     },
-    where=(lambda config, problem: config["multiply"] == "widen" or problem.precision in dot_formats(),),
+    where=(
+        lambda config, problem: config["multiply"] == "widen" or problem.precision in dot_formats(),
+        lambda config, problem: (
+            config["read_b"] == "packed"
+            or (problem["m"] <= 2 * FEW and problem.precision != "int8" and config["multiply"] == "widen")
+        ),
+        # axes that the direct path does not have stay at one value, so that no config is measured twice
+        lambda config, problem: (
+            config["read_b"] == "packed"
+            or (config["block_m"], config["unroll"], config["prefetch"]) == (168, 1, "next")
+        ),
+        lambda config, problem: config["read_b"] == "direct" or config["block_k"] >= 64,
+    ),
     default=_default,
 )
-
-
-def gelu(e: Emit, x: Value) -> Value:
-    """x * Phi(x) with the normal distribution's tail by Abramowitz and Stegun 7.1.26: erfc(|z|) =
-    t (a1 + t (a2 + ...)) exp(-z^2), t = 1 / (1 + 0.3275911 |z|), error below 1.5e-7.
-
-    At +inf it is +inf and at -inf NaN, as in torch's float64.
-    """
-    b = e.builder
-    size = e.call(f"llvm.fabs.v{e.width}f32", e.vector, [x])
-    z = b.fmul(size, e.splat(0.7071067811865476))
-    t = b.fdiv(e.splat(1.0), e.fma(z, e.splat(0.3275911), e.splat(1.0)))
-    p = e.splat(1.061405429)
-    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        p = e.fma(p, t, e.splat(c))
-    tail = b.fmul(b.fmul(p, t), e.exp2(b.fmul(b.fmul(z, z), e.splat(-LOG2E))))
-    half = b.fmul(tail, e.splat(0.5))
-    finite = b.select(b.fcmp_ordered("<", size, e.splat(1e30)), size, e.splat(1e30))
-    upper = b.fsub(x, b.fmul(finite, half))
-    return b.select(b.fcmp_ordered(">", x, e.splat(0.0)), upper, b.fmul(x, half))
-
-
-@cache
-def finish(form: Format, columns: int, epilogue: str) -> Any:
-    """Numba function (sums, out, n, height, width, bias, correction): bias, activation, rounding, edges.
-
-    sums: one register tile of accumulators; out: address of its first element in [m, n]; height and width:
-    how much of the tile lies inside; correction: 128 times the column sums of b for unsigned a.
-    """
-    integer = form.accumulator == "int32"
-
-    def emit(
-        e: Emit, sums: Value, out: Value, n: Value, height: Value, width: Value, bias: Value, correction: Value
-    ) -> None:
-        b = e.builder
-
-        def result(value: Value, chunk: Chunk) -> Value:
-            if integer:
-                if not form.unsigned_a:
-                    return value
-                behind = b.bitcast(chunk.load(correction, "fp32"), e.ints)
-                return b.bitcast(b.sub(b.bitcast(value, e.ints), behind), e.vector)
-            if epilogue != "none":
-                value = b.fadd(value, chunk.load(bias, form.dtype))
-            if epilogue == "bias_relu":
-                value = b.select(b.fcmp_ordered("<", value, e.splat(0.0)), e.splat(0.0), value)
-            return gelu(e, value) if epilogue == "bias_gelu" else value
-
-        stored = "fp32" if integer else form.dtype
-
-        def row(i: Value, visit: Callable[[Callable[[Chunk, State], State]], Any]) -> State:
-            source = e.offset(sums, i, columns * 4)
-            target = e.offset(out, b.mul(i, n), ITEM[stored])
-
-            def body(chunk: Chunk, _: State) -> State:
-                chunk.store(result(chunk.load(source, "fp32"), chunk), target, stored)
-                return []
-
-            visit(body)
-            return []
-
-        def whole(body: Callable[[Chunk, State], State]) -> None:
-            for first in range(0, columns, e.width):
-                body(Chunk(e, e.index(first), None), [])
-
-        def rows_by(visit: Callable[[Callable[[Chunk, State], State]], Any]) -> State:
-            e.loop(e.index(0), height, 1, [], lambda i, _: row(i, visit))
-            return []
-
-        inside = b.icmp_signed("==", width, e.index(columns))
-        e.branch(inside, lambda: rows_by(whole), lambda: rows_by(lambda body: e.row(width, [], body)))
-
-    return intrinsic([types.int64] * 7, emit)
-
-
-@cache
-def column_sums(columns: int) -> Any:
-    """Numba function (panel, words, target): 128 times the sums of the columns of a packed int8 panel."""
-
-    def emit(e: Emit, panel: Value, words: Value, target: Value) -> None:
-        b = e.builder
-        ones = ir.Constant(e.ints, [0x01010101] * e.width)
-        for first in range(0, columns, e.width):
-
-            def step(k: Value, state: State, first: int = first) -> State:
-                bytes_of_b = e.load_raw(b.add(e.offset(panel, k, columns * 4), e.index(first * 4)), e.ints, 4)
-                return [e.call("llvm.x86.avx512.vpdpbusd.512", e.ints, (state[0], ones, bytes_of_b))]
-
-            _, sums = e.loop(e.index(0), words, 1, [ir.Constant(e.ints, [0] * e.width)], step)
-            e.store_raw(b.shl(sums[0], e.int_splat(7)), b.add(target, e.index(first * 4)), 4)
-
-    return intrinsic([types.int64] * 3, emit)
 
 
 @cache
@@ -247,6 +157,85 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
     return product
 
 
+@cache
+def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, columns: int) -> Any:
+    """Numba function of addresses (a, b, bias, out, packed a, packed b, sums) and sizes: all rows of a against b
+    where it lies, each number of which is read from memory once. `parts` share the columns.
+
+    b along k: dot products of rows. Otherwise `depth` rows of b at a time, line by line, added to all sums;
+    only the last panel is packed, where n does not fill it.
+    """
+    a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
+    fp32, group = Format("fp32", 1), columns_at_once(rows, columns)
+    pack_a, pack_b = pack(form, 1 if b_along_k else rows, a_along_k), pack(form, columns, False)
+    multiply, last = tile(fp32, rows, columns, direct=form.dtype), tile(fp32, rows, columns)
+    inner, end = dots(form.dtype, rows, group, columns), finish(form, columns, epilogue)
+    item, tall, area = ITEM[form.dtype], 1 if b_along_k else rows, rows * columns * 4
+
+    @jit("void(" + ", ".join(["int64"] * 12) + ")")
+    def product(a, b, bias, out, a_pack, b_pack, sums, m, n, k, depth, parts):  # type: ignore[no-untyped-def]
+        a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
+        for i in range(a_panels * (rows // tall)):
+            first = min(i * tall, m - 1)
+            source = a + first * (k if a_along_k else 1) * item
+            pack_a(source, a_pack + i * tall * k * 4, min(tall, m - first), k if a_along_k else m, k)
+        ragged = not b_along_k and n % columns > 0
+        if ragged:
+            pack_b(b + n // columns * columns * item, b_pack, n % columns, n, k)
+        for part in prange(parts):
+            from_panel, to_panel = part * b_panels // parts, (part + 1) * b_panels // parts
+            own = sums + from_panel * a_panels * area
+            if b_along_k:
+                for j in range(from_panel, to_panel):
+                    width = min(columns, n - j * columns)
+                    for g in range(0, width, group):
+                        for i in range(a_panels):
+                            place = own + ((j - from_panel) * a_panels + i) * area + g * 4
+                            right = b + (j * columns + g) * k * item
+                            inner(a_pack + i * rows * k * 4, right, place, k, width - g)
+            else:
+                for w in range(0, k, depth):
+                    some = min(depth, k - w)
+                    for j in range(from_panel, to_panel):
+                        for i in range(a_panels):
+                            left = a_pack + (i * k + w) * rows * 4
+                            place = own + ((j - from_panel) * a_panels + i) * area
+                            if ragged and j == b_panels - 1:
+                                last(left, b_pack + w * columns * 4, place, some, w)
+                            else:
+                                multiply(left, b + (w * n + j * columns) * item, place, some, w, n * item)
+            for j in range(from_panel, to_panel):
+                for i in range(a_panels):
+                    end(
+                        own + ((j - from_panel) * a_panels + i) * area,
+                        out + (i * rows * n + j * columns) * item,
+                        n,
+                        min(rows, m - i * rows),
+                        min(columns, n - j * columns),
+                        bias + j * columns * item,
+                        0,
+                    )
+
+    return product
+
+
+def _build_thin(problem: Problem, config: Config, rows: int, columns: int) -> Run:
+    m, n, k = problem["m"], problem["n"], problem["k"]
+    flags = problem.flag("transpose", "nn"), problem.flag("epilogue", "none")
+    kernel = compiled_thin(Format(problem.precision, 1), *flags, rows, columns)
+    a_panels, b_panels = -(-m // rows), -(-n // columns)
+    sizes = a_panels * rows * k, columns * k, a_panels * b_panels * rows * columns
+    workspace = [torch.empty(size, dtype=torch.float32) for size in sizes]
+    parts = min(threads(), b_panels)
+
+    def run(out: Any, a: Any, b: Any, bias: Any = None) -> None:
+        places = [space.data_ptr() for space in workspace]
+        address = 0 if bias is None else bias.data_ptr()
+        kernel(a.data_ptr(), b.data_ptr(), address, out.data_ptr(), *places, m, n, k, config["block_k"], parts)
+
+    return run
+
+
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], a, b[, bias]), all contiguous, stored as the flag transpose says.
 
@@ -257,6 +246,8 @@ def build(problem: Problem, config: Config) -> Run:
     require(problem.precision)
     m, n, k = problem["m"], problem["n"], problem["k"]
     rows, columns = (int(side) for side in config["tile"].split("x"))
+    if config["read_b"] == "direct":
+        return _build_thin(problem, config, rows, columns)
     form = format_of(problem.precision, config["multiply"] == "dot")
     flags = problem.flag("transpose", "nn"), problem.flag("epilogue", "none")
     kernel = compiled(form, *flags, rows, columns, config["unroll"], config["prefetch"] == "next")
