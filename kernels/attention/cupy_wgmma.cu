@@ -120,17 +120,17 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[KEYS]) {
-    const char *tile = pipe.k + k_at.stage * K::BYTES, *queries = renew(pipe.q);  // no descriptors held over the loop
+    const unsigned long long q = Q::start(pipe.q, 64 * group), k = K::start(pipe.k + k_at.stage * K::BYTES, 0);
 #pragma unroll
     for (int step = 0; step < Q::STEPS; step++)
-      wgmma<PRECISION, BLOCK_N, 0, 0>(s, Q::at(queries, 64 * group, step), K::at(tile, 0, step), step > 0);
+      wgmma<PRECISION, BLOCK_N, 0, 0>(s, Q::step(q, step), K::step(k, step), step > 0);
     wgmma_commit();
   }
   __device__ __forceinline__ void issue_values(float (&o)[COLS], const unsigned (&p)[BLOCK_N / 16][4], bool add) {
-    const char* tile = pipe.v + v_at.stage * V::BYTES;
+    const unsigned long long v = V::start(pipe.v + v_at.stage * V::BYTES, 0);
 #pragma unroll
     for (int step = 0; step < V::STEPS; step++)
-      wgmma<PRECISION, D, 1>(o, p[step], V::at(tile, 0, step), add || step > 0);
+      wgmma<PRECISION, D, 1>(o, p[step], V::step(v, step), add || step > 0);
     wgmma_commit();
   }
 
@@ -265,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Schedule tiles;
   tiles.blocks = (sq + BLOCK_M - 1) / BLOCK_M, tiles.heads = heads, tiles.group_heads = group_heads;
   tiles.total = tiles.blocks * heads;
-  const int group = (int)threadIdx.x / 128 - 1;
+  const int group = warpgroup() - 1;
   if (group < 0) {
     if constexpr (GROUPS > 1) fewer_registers<GROUPS == 2 ? 24 : 32>();
     if (threadIdx.x == 0) produce(pipe, tiles, q, k, v, q_heads, kv_heads, sq, sk);

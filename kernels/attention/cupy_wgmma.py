@@ -46,7 +46,7 @@ def _turns(config: Config, problem: Problem) -> bool:
 
 
 def _default(problem: Problem) -> Config:
-    """128 queries and 128 keys; 192 queries at d=64; as many keys as fit at larger d. 64 queries if there are no more."""
+    """128 queries (192 at d=64; 64 if there are no more), 128 keys or, at larger d, what fits."""
     d, causal = problem["d"], problem.flag("causal") == "1"
     block_m = 64 if problem["sq"] <= 64 else 192 if d == 64 else 128
     block_n = {64: 128, 128: 128 if causal else 176, 192: 112}.get(d, 80)

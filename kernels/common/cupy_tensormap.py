@@ -60,10 +60,10 @@ def layout(dtype: Any, element_bytes: int, lines: int, length: int, box: tuple[i
     """
     stride = length * element_bytes
     if stride % ALIGNMENT:
-        raise UsageError(
-            f"TMA needs lines of a multiple of {ALIGNMENT} bytes; {length} elements of {element_bytes} bytes are {stride}"
-        )
-    assert box[0] * element_bytes in SWIZZLE and 0 < box[1] <= BOX_LIMIT, box
+        what = f"{length} elements of {element_bytes} bytes are {stride}"
+        raise UsageError(f"TMA needs lines of a multiple of {ALIGNMENT} bytes; {what}")
+    assert box[0] * element_bytes in SWIZZLE, box
+    assert 0 < box[1] <= BOX_LIMIT, box
     name = str(dtype).removeprefix("torch.")
     return Layout(name, element_bytes, (length, lines, batches), (stride, stride * lines), box)
 

@@ -96,12 +96,13 @@ __device__ __forceinline__ void release(const Pipe& pipe, int stage) {
 }
 
 __device__ __forceinline__ void multiply(Acc (&acc)[PARTS][SUMS], const char* stage, int first_row, bool add) {
+  const unsigned long long right = Right::start(stage + Left::BYTES, 0);
 #pragma unroll
   for (int step = 0; step < Left::STEPS; step++)
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
-      wgmma<PRECISION, TILE_COLS, LEFT_MN, RIGHT_MN>(acc[i], Left::at(stage, first_row + 64 * i, step),
-                                                Right::at(stage + Left::BYTES, 0, step), add || step > 0);
+      wgmma<PRECISION, TILE_COLS, LEFT_MN, RIGHT_MN>(acc[i], Left::step(Left::start(stage, first_row + 64 * i), step),
+                                                     Right::step(right, step), add || step > 0);
 }
 
 // acc = the sum over the tile's k. The products of a stage run while the one before is given back.
@@ -267,7 +268,7 @@ gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Tens
   if (CLUSTER_SIZE > 1) cluster_sync();
   else __syncthreads();
 
-  const int group = (int)threadIdx.x / 128 - 1;
+  const int group = warpgroup() - 1;
   if (group < 0) {
     if constexpr (GROUPS > 1) fewer_registers<GROUPS == 2 ? 40 : 32>();
     if (threadIdx.x == 0) produce(pipe, tiles, left, right);

@@ -81,7 +81,9 @@ def _lines(config: Config, problem: Problem) -> bool:
     if config["block_k"] * size not in (LINE, 2 * LINE):
         return False
     # blocks side by side share the left tile, blocks one below the other the right one
-    for extent, along_k, sharers in zip((rows, cols), _along_k(config, problem), reversed(_cluster(config)), strict=True):
+    for extent, along_k, sharers in zip(
+        (rows, cols), _along_k(config, problem), reversed(_cluster(config)), strict=True
+    ):
         lines = extent if along_k else config["block_k"]
         if lines % (8 * sharers) or (not along_k and extent % 64):
             return False
@@ -203,7 +205,9 @@ def _transposed(problem: Problem, compiled: Callable[[cuda.Kernel], cuda.Launch]
         return lambda operand: operand
     lines, length = problem["k"], problem["mn"[which]]
     if length % 4 or lines % ALIGNMENT:
-        raise UsageError(f"gemm/cupy_wgmma transposes int8 of sizes in multiples of {ALIGNMENT}, not {lines} x {length}")
+        raise UsageError(
+            f"gemm/cupy_wgmma transposes int8 of sizes in multiples of {ALIGNMENT}, not {lines} x {length}"
+        )
     launch = compiled(cuda.Kernel(Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (), 256, 64 * 68))
     result = torch.empty((length, lines), dtype=torch.int8, device=device)
     grid = -(-lines // 64) * -(-length // 64)

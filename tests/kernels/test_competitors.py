@@ -108,11 +108,12 @@ def test_gpu_competitors_compile_without_real_spills(lab: Lab, impl: Impl, preci
     assert [row["arch"] for row in record.resources or ()] == list(evidence.ARCHITECTURES)
     for row in record.resources or ():
         if row["status"] == Status.SKIPPED:  # an architecture without the instructions, and it says so
-            assert precision == "fp8"
-            assert "fp8" in row["reason"]
+            needs = "sm_90a" if "wgmma" in impl.name else "fp8"
+            assert needs in row["reason"]
+            assert precision == "fp8" or row["arch"] != needs
             continue
         assert 0 < row["registers"] <= 255
-        assert row["spill_bytes"] <= SMALL_SPILL, row
+        assert row["spill_bytes"] <= (0 if "wgmma" in impl.name else SMALL_SPILL), row
         assert row["shared_bytes"] <= 232_448
         if impl.op in ("gemm", "attention") and precision in ("fp16", "bf16"):
             assert row["tensor_core"], f"{row['arch']}: no tensor-core instruction"

@@ -3,8 +3,8 @@
 // Clusters of blocks (usually of one) run one after another. A thread runs until it meets a barrier or a
 // warp collective that others have not reached, then the next one runs; the order of threads is forward,
 // reverse, or shuffled anew in every pass, so a result that depends on it (a missing barrier) shows as a
-// difference. Between two passes one operation of the asynchronous hardware, if any is under way, takes
-// effect. When nobody can go on, the process says where everybody stands and aborts.
+// difference. Between two passes an operation of the asynchronous hardware may take effect, as late or
+// as soon as the order says. When nobody can go on, the process says where everybody stands and aborts.
 #pragma once
 
 #include <algorithm>
@@ -286,7 +286,8 @@ inline void run_cluster() {
       p.current = f;
       switch_to(p.scheduler, f->context);
     }
-    progress |= land_one();
+    // Forward: as late as can be, when nobody else can go on. Reverse: soon. Random: either.
+    if (!progress || p.order == Order::reverse || (p.order == Order::random && p.random() % 2)) progress |= land_one();
     if (!progress && alive()) report_deadlock();
   }
   if (!p.flight.empty()) fail("block %u returned with %zu asynchronous operations under way", p.blocks[0]->index,

@@ -101,12 +101,6 @@ template <int COUNT> __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// The same pointer, of which the compiler no longer knows that: what is computed from it stays inside a loop.
-__device__ __forceinline__ char* renew(char* p) {
-  asm volatile("" : "+l"(p));
-  return p;
-}
-
 // The swizzle works on address bits: all tiles rely on a start at a multiple of 1024.
 __device__ __forceinline__ void require_alignment(const char* shared) {
   if (shared_address(shared) % 1024) __trap();

@@ -2,8 +2,9 @@
 //
 // Barriers count arrivals, announced and landed bytes, and phases. Tensor copies move boxes between memory
 // and swizzled shared memory; wgmma follows its descriptors through that memory, warp by warp. Both are as
-// late, or as early, as the hardware may be: the order of threads says which (forward: products read their
-// operands at the wait; reverse: at issue; random: either), so giving a buffer back too early shows.
+// late, or as early, as the hardware may be: the order of threads says which (forward: copies land when all
+// threads wait, products read their operands at their wait; reverse: soon, at issue; random: either), so a
+// missing wait and a buffer given back too early show.
 // Not modelled: registers between warpgroups, and the tensor cores' rounding inside a sum (they keep fewer
 // bits than fp32 in fp8).
 #pragma once
@@ -79,7 +80,6 @@ inline void arrive(Block& b, unsigned offset, long bytes, const char* what) {
 
 inline unsigned shared_address(const void* p) { return host::offset_of(p); }
 inline void require_alignment(const char*) {}
-inline char* renew(char* p) { return p; }
 
 inline void barrier_init(Barrier* barrier, unsigned count) {
   const unsigned at = host::offset_of(barrier);
