@@ -85,6 +85,7 @@ def compile_problem(op_name: str, precision: str) -> Problem:
     sizes = {
         "gemm": f"gemm[m=4096,n=4096,k=4096{',transpose=nt' if precision == 'fp8' else ''},{precision}]",
         "attention": f"attention[b=4,h=16,sq=4096,d=128,causal,{precision}]",
+        "attention_bwd": f"attention_bwd[b=4,h=16,sq=4096,d=128,causal,{precision}]",
     }
     return registry.problem(sizes.get(op_name, f"{op_name}[m=8192,n=4096,{precision}]"))
 

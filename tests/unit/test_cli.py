@@ -22,7 +22,7 @@ def bench(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 BAD = {
-    "unknown op": (["run", "gem"], "unknown op 'gem'; known: attention, gemm, layernorm, softmax"),
+    "unknown op": (["run", "gem"], "unknown op 'gem'; known: attention, attention_bwd, gemm, layernorm,"),
     "unknown competitor": (["run", "softmax", "--only", "trton"], "unknown competitor 'trton'; known: cupy"),
     "unknown precision": (["run", "softmax", "--precision", "fp12"], "unknown precision 'fp12'; known: bf16"),
     "precision the op lacks": (["run", "softmax[m=4,n=4,int8]"], "unknown precision of softmax 'int8'"),

@@ -35,7 +35,7 @@ def test_defaults_fill_left_out_sizes_and_order_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("gem[m=1,n=1,k=1]", "unknown op 'gem'; known: attention, gemm, layernorm, softmax"),
+        ("gem[m=1,n=1,k=1]", "unknown op 'gem'; known: attention, attention_bwd, gemm, layernorm,"),
         ("softmax[m=0,n=4]", "must be positive"),
         ("softmax[m=-3,n=4]", "must be positive"),
         ("softmax[m=4]", "size n missing"),
