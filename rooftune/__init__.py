@@ -2,7 +2,7 @@
 
 >>> import rooftune
 >>> rooftune.ops()
-('attention', 'gemm', 'layernorm', 'softmax')
+('attention', 'attention_bwd', 'gemm', 'layernorm', 'layernorm_bwd', 'softmax', 'softmax_bwd')
 >>> fast = rooftune.best("softmax[m=4096,n=1024]")     # doctest: +SKIP
 >>> fast(out, x)                                       # doctest: +SKIP
 >>> y = rooftune.call("softmax", x)                    # doctest: +SKIP

@@ -18,6 +18,11 @@ PROBLEMS = {
             "attention[b=1,h=8,hkv=2,sq=1,sk=8192,d=128]",
             "attention[b=8,h=8,hkv=2,sq=1,sk=1024,d=128]",
         ),
+        "attention_bwd": (
+            "attention_bwd[b=4,h=8,sq=256,d=64,causal]",
+            "attention_bwd[b=1,h=8,sq=1024,d=64]",
+            "attention_bwd[b=1,h=4,sq=1024,d=128,causal]",
+        ),
     },
     "cuda": {
         "attention": (
@@ -54,6 +59,16 @@ PROBLEMS = {
             "attention[b=128,h=32,hkv=8,sq=1,sk=1024,d=128]",
             "attention[b=16,h=32,hkv=8,sq=1,sk=8192,d=128]",
             "attention[b=1,h=64,hkv=8,sq=1,sk=131072,d=128]",
+        ),
+        "attention_bwd": (
+            "attention_bwd[b=16,h=32,sq=1024,d=64]",
+            "attention_bwd[b=1,h=32,sq=16384,d=64]",
+            "attention_bwd[b=16,h=16,sq=1024,d=128]",
+            "attention_bwd[b=4,h=16,sq=4096,d=128]",
+            "attention_bwd[b=1,h=16,sq=16384,d=128]",
+            "attention_bwd[b=16,h=32,sq=1024,d=64,causal]",
+            "attention_bwd[b=4,h=16,sq=4096,d=128,causal]",
+            "attention_bwd[b=1,h=16,sq=16384,d=128,causal]",
         ),
     },
 }

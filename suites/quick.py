@@ -6,6 +6,9 @@ PROBLEMS = {
         "attention": ("attention[b=1,h=8,sq=512,d=64,causal]", "attention[b=1,h=8,sq=512,d=64]"),
         "softmax": ("softmax[m=4096,n=1024]", "softmax[m=1024,n=8192]"),
         "layernorm": ("layernorm[m=4096,n=1024]", "layernorm[m=4096,n=1024,rms]"),
+        "softmax_bwd": ("softmax_bwd[m=4096,n=1024]", "softmax_bwd[m=512,n=8192]"),
+        "layernorm_bwd": ("layernorm_bwd[m=4096,n=1024]", "layernorm_bwd[m=4096,n=1024,rms]"),
+        "attention_bwd": ("attention_bwd[b=1,h=8,sq=512,d=64,causal]", "attention_bwd[b=1,h=4,sq=512,d=64]"),
     },
     "cuda": {
         "gemm": (
@@ -22,5 +25,11 @@ PROBLEMS = {
         ),
         "softmax": ("softmax[m=32768,n=4096]", "softmax[m=32768,n=32768]"),
         "layernorm": ("layernorm[m=32768,n=4096]", "layernorm[m=32768,n=4096,rms]", "layernorm[m=32768,n=16384,rms]"),
+        "softmax_bwd": ("softmax_bwd[m=32768,n=4096]", "softmax_bwd[m=32768,n=32768]"),
+        "layernorm_bwd": ("layernorm_bwd[m=32768,n=4096]", "layernorm_bwd[m=32768,n=4096,rms]"),
+        "attention_bwd": (
+            "attention_bwd[b=4,h=16,sq=4096,d=128,causal]",
+            "attention_bwd[b=16,h=32,sq=1024,d=64,causal]",
+        ),
     },
 }

@@ -63,9 +63,7 @@ def _cuda(problem: Problem, call: str) -> Backward:
         raise UsageError("sdpa_efficient_backward wants lse padded to multiples of 32: sq is none")
     efficient = aten._scaled_dot_product_efficient_attention_backward.default
     needed = [True, True, True, False]
-    return lambda dout, q, k, v, out, lse: efficient(
-        dout, q, k, v, None, out, lse, none, none, 0.0, needed, causal
-    )[:3]
+    return lambda dout, q, k, v, out, lse: efficient(dout, q, k, v, None, out, lse, none, none, 0.0, needed, causal)[:3]
 
 
 def build(problem: Problem, config: Config) -> Run:

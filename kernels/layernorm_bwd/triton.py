@@ -196,9 +196,7 @@ def _launches(problem: Problem, config: Config) -> tuple[list[Launch], int]:
     if config["block_n"]:
         count = min(triton.cdiv(m, ROWS), max(1, config["programs"] * 4 // blocks))
         constants: dict[str, Any] = {"RMS": rms, "BLOCK_N": config["block_n"], "STAGES": stages}
-        rows = Launch(
-            norm_backward_loop, (m,), (out, matrix, matrix, matrix, mean, stat), (n,), constants, options
-        )
+        rows = Launch(norm_backward_loop, (m,), (out, matrix, matrix, matrix, mean, stat), (n,), constants, options)
         constants = {"RMS": rms, "ROWS": ROWS, "COLUMNS": COLUMNS, "STAGES": SUM_STAGES}
         operands = (parts, matrix, matrix, mean, stat)
         columns = Launch(norm_backward_columns, (blocks, count), operands, (m, n), constants, {"num_warps": 8})
@@ -245,5 +243,5 @@ def emulate(problem: Problem, config: Config) -> Run:
 
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
-    """Machine code for `arch`; of several kernels, the most that one of them takes."""
-    return worst([launch.compile(arch) for launch in _launches(problem, config)[0]])
+    """Machine code for `arch`: the most that one kernel takes (the last, which adds up, is a plain loop)."""
+    return worst([launch.compile(arch) for launch in _launches(problem, config)[0][:-1]])

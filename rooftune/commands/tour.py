@@ -42,7 +42,7 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
         _ceilings(session, console)
         headline("1  The race", "python bench.py run --suite quick --rounds 20")
         problems = catalogue.problems("tour", registry.op_names(), common.DEFAULT_PRECISIONS, kind)
-        field = {op: list(registry.impls(op)) for op in registry.op_names()}
+        field = {op: list(registry.impls(op)) for op in dict.fromkeys(p.op for p in problems)}
         extra = common.tuned_entrants(session, problems)
         records = measure(session, problems, field, race.Options(rounds=8, seed=seed), console, extra)
 

@@ -1,0 +1,109 @@
+"""Backward operators: their float64 references agree with autograd, and parts of an output are judged one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+
+from rooftune import check, registry
+from rooftune.core import Problem
+from rooftune.kernels.layernorm import EPS
+
+
+def _given(text: str) -> tuple[Problem, tuple[torch.Tensor, ...], torch.Tensor]:
+    """A problem, its inputs and the reference's values."""
+    problem = registry.problem(text)
+    op = registry.op(problem.op)
+    tensors = op.inputs(problem, check.generator("cpu", 5), "cpu", "normal")
+    value = op.reference(problem, tensors, None).value
+    assert tuple(value.shape) == op.output(problem)[0]
+    assert sum(op.parts(problem).values()) in (0, len(value))
+    return problem, tensors, value
+
+
+def _gradients(result: torch.Tensor, slope: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+    found = torch.autograd.grad(result, leaves, slope.double())
+    return torch.cat([g.reshape(-1, leaves[0].shape[-1]) for g in found])
+
+
+def _leaf(x: torch.Tensor) -> torch.Tensor:
+    return x.double().requires_grad_()
+
+
+def _near(got: torch.Tensor, want: torch.Tensor) -> None:
+    """The inputs hold statistics that were rounded to fp32."""
+    assert float((got - want).norm() / want.norm()) < 2e-7
+
+
+def test_softmax_backward_is_what_autograd_computes() -> None:
+    x = _leaf(torch.randn(5, 33, generator=check.generator("cpu", 1)))
+    problem = registry.problem("softmax_bwd[m=5,n=33]")
+    dy, y = torch.randn(5, 33, generator=check.generator("cpu", 2)), x.softmax(-1)
+    value = registry.op(problem.op).reference(problem, (dy, y.detach()), None).value
+    _near(value, _gradients(y, dy, x))
+
+
+@pytest.mark.parametrize("flag", ["", ",rms"])
+def test_norm_backward_is_what_autograd_computes(flag: str) -> None:
+    problem, tensors, value = _given(f"layernorm_bwd[m=37,n=65{flag}]")
+    dy, x, weight = tensors[0], _leaf(tensors[1]), _leaf(tensors[2])
+    if problem.flag("rms"):
+        _near(value, _gradients(rms_norm(x, (65,), weight, EPS), dy, x, weight))
+    else:
+        bias = torch.zeros(65, dtype=torch.float64, requires_grad=True)
+        _near(value, _gradients(layer_norm(x, (65,), weight, bias, EPS), dy, x, weight, bias))
+
+
+@pytest.mark.parametrize("shape", ["hkv=2,sq=9,sk=14,d=16,causal", "sq=13,sk=6,d=16,causal", "hkv=1,sq=7,sk=5,d=32"])
+def test_attention_backward_is_what_autograd_computes(shape: str) -> None:
+    problem, tensors, value = _given(f"attention_bwd[b=2,h=4,{shape}]")
+    dout, q, k, v = tensors[0], *(_leaf(t) for t in tensors[1:4])
+    seen = torch.ones(problem["sq"], problem["sk"], dtype=torch.bool)
+    if problem.flag("causal"):
+        seen = seen.tril(problem["sk"] - problem["sq"])
+    blind = ~seen.any(-1)  # rows that see no key: autograd of their softmax is NaN, their output is 0
+    dout = dout.masked_fill(blind[:, None], 0.0)
+    result = scaled_dot_product_attention(q, k, v, attn_mask=seen | blind[:, None], enable_gqa=True)
+    assert bool((tensors[5].isinf() == blind).all())
+    _near(value, _gradients(result, dout, q, k, v))
+
+
+def test_rows_of_a_reference_are_those_of_the_whole() -> None:
+    for text in ("layernorm_bwd[m=9,n=20]", "attention_bwd[b=1,h=4,hkv=2,sq=6,sk=8,d=16,causal]"):
+        problem, tensors, value = _given(text)
+        rows = [0, len(value) - 1, 7, len(value) - 2]
+        some = registry.op(problem.op).reference(problem, tensors, rows)
+        assert torch.allclose(some.value, value[rows], rtol=1e-12, atol=0)
+
+
+def test_a_sample_has_the_edges_of_every_part() -> None:
+    rows = check.sample_rows(1002, 3, 48, {"dx": 1000, "dweight": 1, "dbias": 1})
+    assert {0, 999, 1000, 1001} <= set(rows)
+    assert len(rows) == 48 or len(rows) == 47  # a random row may be an edge
+    assert check.sample_rows(1002, 3, 6, {"dq": 500, "dk": 251, "dv": 251})[:1] == [0]
+    assert check.sample_rows(5, 3, 48) == list(range(5))
+
+
+def test_a_small_part_is_judged_by_itself() -> None:
+    problem, tensors, value = _given("layernorm_bwd[m=400,n=64]")
+    op = registry.op(problem.op)
+    ref = op.reference(problem, tensors, None)
+    good = value.float()
+    assert check.judge_parts(op, problem, good, ref, None)[0] == ""
+    bad = good.clone()
+    bad[-2] *= 1 + 4e-6  # dweight: within the bound of each element, above that of its norm
+    wrong, figures = check.judge_parts(op, problem, bad, ref, None)
+    assert wrong.startswith("dweight: relative Frobenius error")
+    assert figures["rel_fro"] > 3e-6
+    rows = [0, 399, 400, 401]
+    part = op.reference(problem, tensors, rows)
+    assert check.judge_parts(op, problem, bad[rows], part, rows)[0].startswith("dweight: ")
+
+
+def test_a_returned_tuple_is_put_below_one_another() -> None:
+    out = torch.zeros(5, 4)
+    check.settle((torch.ones(3, 4), torch.full((4,), 2.0), torch.full((1, 4), 3.0)), out)
+    assert out[:, 0].tolist() == [1, 1, 1, 2, 3]
+    with pytest.raises(TypeError, match="instead of"):
+        check.settle((torch.ones(3, 4), torch.ones(4)), out)
