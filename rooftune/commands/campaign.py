@@ -68,7 +68,8 @@ def campaign(chosen: argparse.Namespace) -> ExitCode:
         else:
             tell(f"going on in {home.folder}: {len(home.steps)} finished steps are not repeated")
         session.lab.until = plan.end
-        work = Campaign(session, home, plan, problems, field, chosen.seed or 0)
+        work = Campaign(session, home, plan, problems, field, chosen.seed)
+        work.free_bytes = session.device.memory_bytes().free
         try:
             with contextlib.suppress(OutOfTime):
                 _phases(work, tell)
