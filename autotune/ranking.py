@@ -1,20 +1,22 @@
 """A first ranking of configs by arithmetic, before anything is measured: what each would take on a device, in seconds.
 
-The models (ranking_models.py) count waves, bytes through shared memory, L2 and memory, and tensor-core time, in the
-spirit of a roofline per tile. They are for ordering: a predicted time is no result and is never shown as one. Pure
-Python; the device is described by its datasheet, and by measured ceilings where there are some.
+The models (ranking_models.py, ranking_rows.py) count waves, bytes through shared memory, L2 and memory, and matrix
+time, in the spirit of a roofline per tile. They are for ordering: a predicted time is no result and is never shown
+as one. Pure Python; the device is described by its datasheet, and by measured ceilings where there are some.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rooftune import registry
-from rooftune.autotune import ranking_models as models
-from rooftune.core import Config, Problem, Resources, UsageError
+from rooftune.autotune.ranking_models import attention, gemm
+from rooftune.autotune.ranking_parts import Traits
+from rooftune.autotune.ranking_rows import rows
+from rooftune.core import Config, Op, Problem, Resources, UsageError
 from rooftune.datasheet import promised
 from rooftune.registry import Impl
 
@@ -90,6 +92,15 @@ class Gpu:
         return cls(str(fingerprint.get("name")), arch, int(count), clock, l2, copy, rates)
 
 
+Model = Callable[[Op, Problem, Config, Traits, Gpu, Resources | None], float | None]
+# The dimensions an operator must have, most telling first.
+MODELS: tuple[tuple[frozenset[str], Model], ...] = (
+    (frozenset({"m", "n", "k"}), gemm),
+    (frozenset({"b", "h", "sq", "d"}), attention),
+    (frozenset({"m", "n"}), rows),
+)
+
+
 def _set_size(entry: Mapping[str, Any]) -> float:
     return float(entry["working_set_bytes"])
 
@@ -111,10 +122,10 @@ def prior(
     """
     op = registry.op(problem.op)
     needed = set(op.dims) - set(op.defaults)
-    model = next((m for dims, m in models.MODELS if dims <= needed), None)
+    model = next((m for dims, m in MODELS if dims <= needed), None)
     if model is None or not configs:
         return None
-    known, traits = resources or {}, models.Traits.of(impl)
+    known, traits = resources or {}, Traits.of(impl)
     scores = []
     for number, config in enumerate(configs):
         score = model(op, problem, config, traits, device, known.get(number))

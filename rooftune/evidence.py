@@ -69,7 +69,7 @@ def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict
         if left < 0:
             break
         for line in store.Log(path).read()[0]:
-            if line.get("kind") == "result" and line.get("status") == Status.OK and line.get("source_hash"):
+            if line.get("kind") in ("result", "static") and line.get("status") == Status.OK and line.get("source_hash"):
                 kinds = found.setdefault(str(line.get("impl")), {}).setdefault(str(line["source_hash"]), {})
                 kinds.setdefault(Evidence(line["evidence"]), str((line.get("device") or {}).get("name") or ""))
     return {impl.key: _standing(impl, found.get(impl.key, {})) for impl in impls}

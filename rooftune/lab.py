@@ -7,7 +7,6 @@ A request has a deadline. A worker that crashes, hangs, or answers nonsense is r
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import rooftune
+from rooftune import locks
 from rooftune.core import Config, Problem, Status, Unavailable, UsageError
 from rooftune.registry import Impl
 
@@ -221,7 +221,7 @@ class Lab:
         self.patience_s = math.inf
         self.until = math.inf
         self._start_failures = 0
-        self._lock_path = _lock_path(device)
+        self._lock_path = locks.path_of(device)
 
     def __enter__(self) -> Lab:
         return self
@@ -350,17 +350,15 @@ class Lab:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the device for one round of timing; another rooftune on this machine waits meanwhile (F13)."""
-        with _open_lock(self._lock_path) as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"rooftune: waiting for another run on {self.device} to finish its round", file=sys.stderr)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(handle, fcntl.LOCK_UN)
+        """Hold the device for one round of timing; another rooftune on this machine waits meanwhile (F13).
+
+        Raises:
+            OutOfTime: it is another's until after the plan's end.
+        """
+        with locks.held(self._lock_path, self.device, self.until) as mine:
+            if not mine:
+                raise OutOfTime("the plan's time ended while another run held the device")
+            yield
 
 
 def _key(impl: Impl | None, mode: str) -> tuple[str, str]:
@@ -371,27 +369,3 @@ def _key(impl: Impl | None, mode: str) -> tuple[str, str]:
     if impl.module.startswith("file:"):
         return impl.module, mode
     return (impl.language if mode != "native" and impl.language else impl.key), mode
-
-
-def _lock_path(device: str) -> Path:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if device != "cpu" else ""
-    name = "".join(c if c.isalnum() else "-" for c in f"{device}{'-' + visible if visible else ''}")
-    return Path(tempfile.gettempdir()) / f"rooftune-{name}.lock"
-
-
-def _open_lock(path: Path) -> IO[str]:
-    """Open the lock of a device for everyone.
-
-    Raises:
-        UsageError: it belongs to someone else and cannot be opened: timing without it would overlap.
-    """
-    try:
-        if not path.exists():
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
-                os.chmod(path, 0o666)
-        return open(path, "r+")
-    except OSError as error:
-        raise UsageError(
-            f"the device lock {path} cannot be opened ({error.strerror}); remove it or set TMPDIR"
-        ) from error

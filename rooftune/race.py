@@ -16,6 +16,7 @@ from typing import Any
 
 from rooftune import registry
 from rooftune.core import Candidate, Config, Evidence, Op, Problem, Status, UsageError
+from rooftune.device_cpu import cores
 from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
 from rooftune.results import statistics
@@ -96,7 +97,7 @@ def entrants(lab: Lab, problem: Problem, impls: Iterable[Impl], event: Event) ->
         calls = [starters[value] for value in space["axes"][axis] if value in starters]
         return [Entrant(impl, config, config == space["default"]) for config in calls]
 
-    with ThreadPoolExecutor(2) as pool:  # a worker imports its backend first: seconds each
+    with ThreadPoolExecutor(_at_once(lab)) as pool:  # a worker imports its backend first: seconds each
         return [entrant for group in pool.map(one, impls) for entrant in group]
 
 
@@ -115,7 +116,7 @@ def _unfit(impl: Impl, problem: Problem, kind: str) -> str:
 def prepare(
     lab: Lab, problem: Problem, field_: Sequence[Entrant], options: Options, seen: set[Any], event: Event
 ) -> None:
-    """Build and check everyone, two competitors at a time; a failure leaves the race with its reason.
+    """Build and check everyone, some competitors at a time; a failure leaves the race with its reason.
 
     `seen` holds what passed the thorough check (ragged shapes, adversarial values) in this session.
     """
@@ -142,8 +143,14 @@ def prepare(
     for entrant in field_:
         if entrant.status == Status.OK and entrant.handle is None:
             groups.setdefault(entrant.impl.key, []).append(entrant)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(_at_once(lab)) as pool:
         list(pool.map(work, groups.values()))
+
+
+def _at_once(lab: Lab) -> int:
+    """How many competitors get ready together: two on a CPU, which they all load; more where compilers run beside
+    a GPU."""
+    return 2 if lab.kind == "cpu" else max(2, min(6, cores() // 2))
 
 
 def time_rounds(

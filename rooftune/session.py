@@ -86,7 +86,8 @@ class Session:
                 with self.lab.exclusive():
                     self._ceilings = self.lab.call("rooftune.probe:ceilings", device_kind=kind, threads=self.threads)
             except WorkerDied as death:
-                raise Unavailable(f"the ceilings cannot be measured: {death}; install torch (make setup)") from death
+                hint = "; install torch (make setup)" if "No module" in str(death) else ""
+                raise Unavailable(f"the ceilings cannot be measured: {death}{hint}") from death
             assert self._ceilings is not None
             self.log.append({"kind": "ceilings", "schema": SCHEMA, "run": self.run, "ceilings": self._ceilings})
         return self._ceilings

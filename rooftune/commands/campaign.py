@@ -8,7 +8,6 @@ its share of the time, and no single request may take more than a part of it, so
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -67,11 +66,10 @@ def campaign(chosen: argparse.Namespace) -> ExitCode:
             session.check_user_files(loaded, {p.op: p for p in problems})
         else:
             tell(f"going on in {home.folder}: {len(home.steps)} finished steps are not repeated")
-        session.lab.until = plan.end
-        work = Campaign(session, home, plan, problems, field, chosen.seed or 0)
+        work = Campaign(session, home, plan, problems, field, chosen.seed)
+        work.free_bytes = session.device.memory_bytes().free
         try:
-            with contextlib.suppress(OutOfTime):
-                _phases(work, tell)
+            _phases(work, tell)
         finally:  # also after Ctrl-C: the records so far, and what they say
             session.lab.close()
             home.fit()
@@ -82,7 +80,11 @@ def campaign(chosen: argparse.Namespace) -> ExitCode:
 
 
 def _phases(work: Campaign, say: Callable[[str], None]) -> None:
-    """All phases in order; one whose steps are all done takes no time."""
+    """All phases in order; one whose steps are all done takes no time.
+
+    A step that is under way when its phase is over may take as long again, out of what the later phases have; then
+    it is broken off, without an outcome, and they begin.
+    """
     for phase, walk in PHASES.items():
         seconds = work.plan.enter(phase)
         if phase == "energy":
@@ -93,7 +95,11 @@ def _phases(work: Campaign, say: Callable[[str], None]) -> None:
                 continue
         say(f"{work.plan.spent():4.0f} s  {phase}: up to {seconds:.0f} s")
         work.session.lab.patience_s = work.patience_s(seconds)
-        walk(work)
+        work.session.lab.until = min(work.plan.end, work.plan.until + max(seconds, LEAST_S))
+        try:
+            walk(work)
+        except OutOfTime as late:
+            say(f"{work.plan.spent():4.0f} s  {phase}: broken off ({late})")
         if phase == "probe":
             work.gpu = Gpu.of(work.session.fingerprint, work.ceilings)
 

@@ -18,6 +18,7 @@ from rooftune.core import Config, Evidence, Problem, Unavailable, UsageError
 from rooftune.lab import OutOfTime, Reply
 from rooftune.registry import Impl
 from rooftune.results.record import Record
+from rooftune.session import COPIES
 
 RACE_ROUNDS, FINAL_ROUNDS = 6, 12
 FAVOURITES = 2  # configs of the analytic model that race beside a default
@@ -92,22 +93,23 @@ def _check(
             about = {"impl": impl.key, "precision": precision, "source_hash": impl.source_hash}
             spent_s = round(time.monotonic() - begin, 2)
             work.home.finish(key, "check", str(reply.status), reason=reply.reason, spent_s=spent_s, **about)
-    work.session.lab.retire(impl)
+        if not reply.ok:  # its context may be damaged; a sound process goes on to the race
+            work.session.lab.retire(impl)
 
 
 def first_race(work: Campaign) -> None:
-    """Defaults, the analytic favourites, and every torch call; few rounds, the most valuable problem first."""
+    """Defaults, the analytic favourites, and torch's calls; few rounds, the most valuable problem first."""
     for problem in work.problems:
         impls = work.healthy(problem)
         key = f"race {problem} {_digest(work.sources[i.key] for i in impls)}"
         if not impls or work.home.done(key) or not work.room():
             continue
-        extra = [*_favourites(work, problem, impls), *_autotuned(work, impls)]
-        _race(work, key, "race", problem, impls, extra, RACE_ROUNDS)
+        _race(work, key, "race", problem, impls, _favourites(work, problem, impls), RACE_ROUNDS)
 
 
 def final(work: Campaign) -> None:
-    """Again with the best config of each competitor beside its default: more rounds, the numbers to carry home."""
+    """Again with the best config of each competitor beside its default, and with every torch call, torch.compile's
+    max-autotune among them: more rounds, the numbers to carry home."""
     for problem in work.problems:
         extra = []
         for impl in work.healthy(problem):
@@ -131,10 +133,10 @@ def _race(
     rounds: int,
 ) -> None:
     begin = work.plan.clock()
-    try:
-        work.session.check_memory(problem, registry.op(problem.op).memory_bytes(problem))
-    except UsageError as error:
-        work.home.finish(key, phase, "skipped", problem=str(problem), reason=str(error))
+    need = registry.op(problem.op).memory_bytes(problem) * COPIES
+    if work.free_bytes is not None and need > work.free_bytes:
+        reason = f"needs {need / 2**30:.1f} GiB, {work.free_bytes / 2**30:.1f} are free"
+        work.home.finish(key, phase, "skipped", problem=str(problem), reason=reason)
         return
     options = race.Options(rounds=rounds, min_sample_s=1e-3, seed=work.seed, thorough=False)
 
@@ -145,8 +147,6 @@ def _race(
     for record in records:
         record.regime["phase"] = phase
     work.keep(records)
-    for impl in impls:  # processes hold device memory, which the next problem may need
-        work.session.lab.retire(impl)
     work.home.finish(key, phase, "ok", problem=str(problem), spent_s=round(work.took(begin), 2))
 
 
@@ -171,7 +171,7 @@ def _favourites(work: Campaign, problem: Problem, impls: Sequence[Impl]) -> list
 
 
 def _autotuned(work: Campaign, impls: Sequence[Impl]) -> list[race.Entrant]:
-    """torch.compile with max-autotune is a call that a user could pick; on a CPU it takes minutes."""
+    """torch.compile with max-autotune is a call that a user could pick, though it takes a minute; on a CPU several."""
     if work.session.device.kind == "cpu":
         return []
     return [race.Entrant(impl, dict(AUTOTUNED), False) for impl in impls if impl.per_shape]

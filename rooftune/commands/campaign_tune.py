@@ -18,12 +18,8 @@ from rooftune.results.record import Record
 
 LEAST_TUNE_S = 12.0  # a slice below this is spent on starting processes
 FINAL_S = 10.0  # of a tuning's own final; corrected by what it took
-ENERGY = {
-    "windows": 3,
-    "window_s": 4.0,
-    "idle_s": 2.0,
-    "warm_s": 2.0,
-}  # 18 s a competitor; the protocol's 63 do not fit
+# 18 s a competitor; the 63 of the whole protocol (metering.py) do not fit
+ENERGY = {"windows": 3, "window_s": 4.0, "idle_s": 2.0, "warm_s": 2.0}
 
 
 def tune(work: Campaign) -> None:
@@ -58,7 +54,7 @@ def _missing(work: Campaign) -> dict[tuple[Impl, Problem], float]:
 def _tune(work: Campaign, impl: Impl, problem: Problem, budget_s: float) -> None:
     key = _tune_key(impl, problem)
     name = re.sub(r"[^a-z0-9]+", "-", f"{impl.key} {problem}".lower()).strip("-")
-    how: dict[str, Any] = {}
+    how: dict[str, Any] = {}  # a tuner that takes a ranking gets the analytic one: configs -> seconds, or None
     if work.gpu is not None and "prior" in inspect.signature(tuner.tune).parameters:
         how["prior"] = lambda configs: ranking.prior(impl, problem, configs, work.gpu) if work.gpu else None
     about = {"impl": impl.key, "problem": str(problem), "budget_s": round(budget_s, 1)}

@@ -28,6 +28,7 @@ class Campaign:
     seed: int
     gpu: Gpu | None = None
     ceilings: dict[str, Any] | None = None
+    free_bytes: int | None = None  # of device memory at the start: asking a driver takes seconds
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # competitor -> hash of today's source
     _longest_s: dict[str, float] = dataclasses.field(default_factory=dict)  # phase -> its longest step so far
 
@@ -35,8 +36,11 @@ class Campaign:
         self.sources = {impl.key: impl.source_hash for impls in self.field.values() for impl in impls}
 
     def patience_s(self, phase_s: float) -> float:
-        """The longest that one request of a phase may take: half of it, so that a hung kernel leaves the rest."""
-        return min(MOST_PATIENCE_S, max(LEAST_PATIENCE_S, phase_s / 2))
+        """The longest that one request of a phase may take: half of it, so that a hung kernel leaves the rest.
+        The ceilings are one request."""
+        return (
+            MOST_PATIENCE_S if self.plan.phase == "probe" else min(MOST_PATIENCE_S, max(LEAST_PATIENCE_S, phase_s / 2))
+        )
 
     def room(self) -> bool:
         """Whether a step like the longest of this phase would end in time, or nearly."""

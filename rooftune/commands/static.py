@@ -36,8 +36,7 @@ def static_verb(chosen: argparse.Namespace) -> ExitCode:
     with Lab("cpu") as lab:
         jobs = _jobs(lab, wanted, archs, chosen.configs)
         known = {results.key(_as_row(job)) for job in jobs}
-        scope = {(impl.key, str(problem)) for impl, problem in wanted}
-        baseline = [r for r in baseline if (r["impl"], r["problem"]) in scope and r["arch"] in archs]
+        baseline = _in_scope(chosen, baseline, archs)
         jobs += _again(lab, wanted, [r for r in baseline if results.key(r) not in known and not r["default"]])
         rows = static.compile_rows(lab, jobs, say)
     if not chosen.quiet and sys.stderr.isatty():
@@ -93,6 +92,26 @@ def _wanted(chosen: argparse.Namespace) -> list[tuple[Impl, Problem]]:
     if not pairs:
         raise UsageError("no competitor of these compiles for a GPU in these precisions")
     return pairs
+
+
+def _in_scope(chosen: argparse.Namespace, baseline: list[results.Row], archs: Sequence[str]) -> list[results.Row]:
+    """The baseline's rows that the command is about: also those of kernels that are not here any more.
+
+    Raises:
+        UsageError: there is a baseline, and none of its rows is.
+    """
+    precisions = common.names(chosen.precision)
+    named = [*chosen.what, *(impl.key for impl in common.users(chosen))]
+
+    def about(row: results.Row) -> bool:
+        mine = {row["impl"], row["impl"].partition("/")[0], row["problem"]}
+        shape = any("[" in text and str(registry.problem(text)) == row["problem"] for text in chosen.what)
+        return (not named or shape or bool(mine & set(named))) and (not precisions or row["precision"] in precisions)
+
+    found = [row for row in baseline if row["arch"] in archs and about(row)]
+    if baseline and not found:
+        raise UsageError(f"{chosen.baseline} has no row about {', '.join([*named, *precisions, *archs])}")
+    return found
 
 
 def _jobs(lab: Lab, wanted: Sequence[tuple[Impl, Problem]], archs: Sequence[str], configs: str) -> list[static.Job]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rooftune import device, registry
+from rooftune import device, locks, registry
 from rooftune.autotune.ranking import Gpu
 from rooftune.bench import main
 from rooftune.commands import campaign_phases, campaign_plan, campaign_tune
@@ -159,6 +159,17 @@ def test_a_hung_kernel_costs_the_plans_patience_and_the_plans_end_blames_nobody(
         lab.ask(impl, "space", 60.0, problem=PROBLEM)
     with pytest.raises(OutOfTime):  # and at once, without a process
         lab.ask(impl, "space", 60.0, problem=PROBLEM)
+
+
+def test_a_lock_that_another_run_keeps_is_waited_for_until_the_plans_end(tmp_path: Path) -> None:
+    with locks.held(tmp_path / "lock", "cpu") as first:
+        assert first
+        begin = time.monotonic()
+        with locks.held(tmp_path / "lock", "cpu", until=begin + 0.2) as second:
+            assert not second
+        assert time.monotonic() - begin >= 0.2
+    with locks.held(tmp_path / "lock", "cpu", until=time.monotonic()) as third:
+        assert third
 
 
 # --- who races ------------------------------------------------------------------------------------------------------

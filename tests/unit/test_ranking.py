@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ def test_warpgroup_instructions_matter_where_there_are_such() -> None:
     assert narrow > 1.3 * wide
     same = [seconds(key, problem, {"num_stages": 3}, gpu=A100)[0] for key in ("gemm/triton", "gemm/cupy")]
     assert same[0] == pytest.approx(same[1], rel=0.1)
+
+
+def test_warpgroup_specialised_kernels_move_their_registers_to_those_who_compute() -> None:
+    """384 threads have 168 registers each at the launch, and 128 x 256 sums fit all the same."""
+    special = replace(registry.impl("gemm/cupy"), name="cupy_wgmma")
+    problem = registry.problem("gemm[m=8192,n=8192,k=8192,bf16]")
+    tiles = [
+        {"block_m": m, "block_n": n, "block_k": 64, "num_stages": 4} for m, n in ((128, 256), (128, 128), (64, 64))
+    ]
+    found = prior(special, problem, tiles, H200)
+    assert found is not None
+    assert found == sorted(found)
+    assert found[0] < 1.6 * 2 * 8192**3 / H200.matrix_rate["bf16"]
+    flash = replace(registry.impl("attention/cupy"), name="cupy_wgmma")
+    wide = [{"block_m": m, "block_n": 128, "num_stages": 2, "pingpong": 1} for m in (128, 64)]
+    told = prior(flash, registry.problem("attention[b=4,h=16,sq=4096,d=128,bf16]"), wide, H200)
+    assert told is not None
+    assert told == sorted(told)
 
 
 def test_compiled_facts_replace_estimates() -> None:

@@ -121,6 +121,20 @@ def test_the_gate(file: Path, baseline: Path, capsys: pytest.CaptureFixture[str]
     assert ("worse" in shown or "broken" in shown) == (code == ExitCode.REGRESSION)
 
 
+def test_a_kernel_that_is_not_here_any_more_is_not_passed_over(
+    file: Path, baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, gone = static.load(baseline), plain(impl="softmax/mine", problem="softmax[m=1,n=1,bf16]", precision="bf16")
+    both = tmp_path / "both.jsonl"
+    static.save(both, [*more, gone, plain(impl="gemm/other")])
+    asked = ["static", "--load", str(file), "--arch", "sm_90a", "--baseline"]
+    assert main([*asked, str(both)]) == ExitCode.INCONCLUSIVE  # its problem is not compiled any more
+    assert "gone" in capsys.readouterr().out
+    static.save(both, [plain(impl="gemm/other")])
+    assert main([*asked, str(both)]) == ExitCode.USAGE  # nothing to compare is no success
+    assert "no row about softmax/mine" in capsys.readouterr().err
+
+
 def test_a_kernel_that_no_multiprocessor_holds_is_said_to_be_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text(KERNEL.replace("= 64, 0, 1024", "= 64, 0, 131072"))
     code, rows = rows_of(capsys, "--load", str(file), "--arch", "sm_90a,sm_120a")
