@@ -171,8 +171,10 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
     """The final among the best few that the search found."""
     journal, default = job.journal, job.default
     trials = journal.trials
-    ranked = sorted((t for t in trials.values() if t.value is not None and not t.cut), key=lambda t: t.value or 0.0)
-    best = [t.config for t in ranked if t.config != default][: final.FINALISTS]
+    # What was cut as slower may still be the most frugal.
+    ran = [t for t in trials.values() if t.value is not None and (objective != "time" or not t.cut)]
+    ranked = [t.config for t in sorted(ran, key=lambda t: t.value or 0.0) if t.config != default]
+    best = ranked[: final.FINALISTS if objective == "time" else final.METERED]
     timing = replace(job.timing, rounds=max(job.timing.rounds, 10))
     end = final.decide(job.lab, job.impl, job.problem, default, best, timing, job.event, objective, energy)
     failed: dict[str, int] = {}

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_lab import AXES, BEST, DEFAULT, FakeLab, cost
 from test_tuner import run
 
+from rooftune import bench
 from rooftune.autotune import journal, search, simulate
 from rooftune.autotune.formats import Row, Tuning, load, write
-from rooftune.core import Status, UsageError
+from rooftune.core import ExitCode, Status, UsageError
 
 CACHE: dict[str, Any] = {
     "device_name": "NVIDIA A100",
@@ -210,6 +211,23 @@ def test_a_record_of_failures_only_is_refused(tmp_path: Path) -> None:
     rows = [Row({"a": 1}, None, None, Status.TIMEOUT)]
     with pytest.raises(UsageError, match="no config of k p ran"):
         simulate.replay(Tuning("k", "p", "", {"a": [1]}, rows, "f"), "random")
+
+
+def test_the_command_line_replays_and_converts_without_a_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "cache.json", tmp_path / "out"
+    path.write_text(cache_text())
+    assert bench.main(["tune", "--simulate", str(path), "--search", "random", "--json", "-"]) == 0
+    (told,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (told["kernel"], told["recorded"], len(told["seeds"])) == ("vector_add", 4, 5)
+    assert told["share_after"]["25"] == 1.0
+    assert bench.main(["export", str(path), "--format", "t4", "--out", str(out)]) == 0
+    (written,) = out.iterdir()
+    assert load(written)[0].rows[1].time_s == pytest.approx(1e-3)
+    assert bench.main(["tune", "--simulate", str(path), "--budget", "60s"]) == ExitCode.USAGE
+    assert bench.main(["export", "--format", "t4", "--out", str(out)]) == ExitCode.USAGE
+    assert "takes files with recorded tunings" in capsys.readouterr().err
 
 
 # --- the journal under damage ---------------------------------------------------------------------------------------
