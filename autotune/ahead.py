@@ -132,14 +132,14 @@ class Ahead:
 def architecture(lab: Lab, impl: Impl) -> tuple[str, str]:
     """(what to compile for, why nothing is compiled)."""
     if lab.kind == "cpu":
-        return "", "compiled as it is measured: on a CPU a compiler beside a timing would disturb it"
+        return "", "none; on a CPU a compiler beside a timing would disturb it, so configs are compiled in turn"
     if lab.kind != "cuda" or not impl.compiles:
-        return "", f"{impl.key} cannot be compiled without its device"
+        return "", f"none; {impl.key} cannot be compiled without its device"
     from rooftune import device
 
     index = lab.device.partition(":")[2]
     major = device.find(f"cuda:{index}" if index else "cuda").fingerprint().get("compute_capability")
     number = str(major or "").replace(".", "")
     if not number:
-        return "", "the device's compute capability cannot be read"
+        return "", "none; the device's compute capability cannot be read"
     return f"sm_{number}" + ("a" if number in ("90", "100", "103", "120", "121") else ""), ""
