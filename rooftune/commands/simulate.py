@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ def simulated(chosen: argparse.Namespace) -> ExitCode:
             results.append(told)
             console.print(f"\n{tuning.kernel} {tuning.problem} {tuning.device}".rstrip(), style="bold", markup=False)
             console.print(f"  {told['recorded']} configs on record, {plan.search}, {SEEDS} seeds", markup=False)
-            shares = "  ".join(
-                f"{n}: {share:.3f}" for n, share in told["share_after"].items() if int(n) <= told["tried"]
-            )
-            console.print(f"  share of the best time after so many configs, median: {shares or 'fewer than 10'}")
+            tried = told["tried"]
+            shares = [f"{n}: {share:.3f}" for n, share in told["share_after"].items() if int(n) < tried]
+            shares.append(f"{tried}: {statistics.median(r.after(tried) for r in replays):.3f}")
+            console.print(f"  share of the best time after so many configs, median: {'  '.join(shares)}")
             needed = [told[key] or "not reached" for key in ("configs_to_95", "configs_to_99")]
             console.print(f"  configs to 95 % of it: {needed[0]}, to 99 %: {needed[1]}", markup=False)
             console.print(f"  best on record: {config_text(told['best_config'])}", style="dim", markup=False)
