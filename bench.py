@@ -100,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--objective", choices=("time", "energy", "edp"), default="time",
                       help="energy: joules per call; edp: joules times seconds (both need a sensor)")  # fmt: skip
     tune.add_argument("--search", default="surrogate", help="surrogate, random, local, exhaustive, tpe")
+    tune.add_argument("--history", action="append", default=[], metavar="FILE",
+                      help="start from recorded tunings of other devices or tools")  # fmt: skip
     tune.add_argument("--simulate", action="append", default=[], metavar="FILE",
                       help="replay the search on a recorded tuning (a journal, cache, T4); no device")  # fmt: skip
     tune.add_argument("--max-error", type=float, default=None, help="precisions compete below this error")

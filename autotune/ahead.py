@@ -24,6 +24,9 @@ from rooftune.registry import Impl
 COMPILE_S = 300.0  # deadline of one compilation; ptxas on a spilling attention kernel takes a minute
 CORES_LEFT = 2  # for the process that times and its parent
 MAX_WORKERS = 6  # each holds a compiler of some 300 MB
+REGISTERS = 65536  # of a multiprocessor, from compute capability 3.7 on
+# Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications).
+SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
 LOOK_AHEAD = 12  # configs in the queue at most: those of an older proposal are not worth a core any more
 
 
@@ -86,8 +89,8 @@ class Ahead:
         if not reply.ok:
             gone = reply.status in (Status.SKIPPED, Status.FAILED_COMPILE)
             return Trial(config, reply.status, f"for {self.arch}: {reply.reason}") if gone else None
-        if spilled := reply.data.get("spill_bytes"):
-            return Trial(config, Status.SKIPPED, f"spills {spilled} bytes of registers on {self.arch}")
+        if why := _unfit(reply.data, self.arch):
+            return Trial(config, Status.SKIPPED, why)
         if (binary := reply.data.get("binary")) and binary in self.binaries:
             twin = self.binaries[binary]
             known = trials.get(canonical(twin))
@@ -129,17 +132,28 @@ class Ahead:
         return reply
 
 
+def _unfit(found: Mapping[str, Any], arch: str) -> str:
+    """Why code will not launch, or be slow for sure; nothing if it may be good."""
+    if spilled := found.get("spill_bytes"):
+        return f"spills {spilled} bytes of registers on {arch}"
+    shared, limit = found.get("shared_bytes") or 0, SHARED.get(arch)
+    if limit is not None and shared > limit:
+        return f"needs {shared} bytes of shared memory, {arch} has {limit} for a block"
+    block = (found.get("registers") or 0) * (found.get("threads") or 0)
+    return f"needs {block} registers for a block, {arch} has {REGISTERS}" if block > REGISTERS else ""
+
+
 def architecture(lab: Lab, impl: Impl) -> tuple[str, str]:
     """(what to compile for, why nothing is compiled)."""
     if lab.kind == "cpu":
-        return "", "compiled as it is measured: on a CPU a compiler beside a timing would disturb it"
+        return "", "none; on a CPU a compiler beside a timing would disturb it, so configs are compiled in turn"
     if lab.kind != "cuda" or not impl.compiles:
-        return "", f"{impl.key} cannot be compiled without its device"
+        return "", f"none; {impl.key} cannot be compiled without its device"
     from rooftune import device
 
     index = lab.device.partition(":")[2]
     major = device.find(f"cuda:{index}" if index else "cuda").fingerprint().get("compute_capability")
     number = str(major or "").replace(".", "")
     if not number:
-        return "", "the device's compute capability cannot be read"
+        return "", "none; the device's compute capability cannot be read"
     return f"sm_{number}" + ("a" if number in ("90", "100", "103", "120", "121") else ""), ""

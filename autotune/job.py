@@ -17,8 +17,10 @@ import numpy as np
 from rooftune import device, race
 from rooftune.autotune import final, search
 from rooftune.autotune.ahead import Ahead
+from rooftune.autotune.formats import Tuning
 from rooftune.autotune.journal import SCHEMA, Journal, Trial, canonical, default_path, digest, toolchain
 from rooftune.autotune.limits import Budget, constraint
+from rooftune.autotune.past import Known, Prior, journals
 from rooftune.autotune.trial import Bench
 from rooftune.core import Config, Problem, Status
 from rooftune.lab import Lab
@@ -39,6 +41,8 @@ class Job:
         identity: of the device, as `Device.identity()`; looked up if not given.
         options: how to time; `rounds` is that of each stage of the final.
         start: configs to try right after the default, such as those that won at other shapes.
+        prior: a model's expected seconds for a list of configs, where there is one.
+        history: earlier tunings of the same kernel, elsewhere; those of our own journals are found by themselves.
         also: configs to measure in any case, once the search's budget is spent: winners of other shapes.
     Raises:
         UsageError: unknown search, no valid config, a default that breaks a constraint.
@@ -58,6 +62,8 @@ class Job:
         options: race.Options | None = None,
         also: Sequence[Config] = (),
         start: Sequence[Config] = (),
+        prior: Prior | None = None,
+        history: Sequence[Tuning] = (),
         event: Event = lambda kind, text: None,
     ) -> None:
         steps_of = search.find(search_name)
@@ -70,9 +76,11 @@ class Job:
         configs = [c for c in found["configs"] if c != self.default and all(rule(c) for rule in rules)]
         self._valid = {canonical(c) for c in [self.default, *configs]}
         first = [self.default, *(c for c in start if self.valid(c))]
-        self.space = search.SearchSpace.of(found["axes"], [self.default, *configs], start=first)
+        space = Known.of(found["axes"], [self.default, *configs], start=first)
+        assert isinstance(space, Known)
+        self.space = space
         self.also = [c for c in also if self.valid(c)]
-        self.what = {
+        self.what: dict[str, Any] = {
             "schema": SCHEMA,
             "impl": impl.key,
             "problem": str(problem),
@@ -86,9 +94,10 @@ class Job:
             "seed": seed,
             "max_error": max_error,
         }
-        self.journal = Journal(
-            journal_path or default_path(impl, problem), self.what, lambda text: event("journal", text)
-        )
+        path = journal_path or default_path(impl, problem)
+        self.journal = Journal(path, self.what, lambda text: event("journal", text))
+        here = str(self.what["device"].get("name", ""))
+        space.learn([*history, *journals(impl, problem, here, path)], prior)
         self._steps = steps_of(self.space, np.random.default_rng(seed))
         self._next = next(self._steps, None)
         self.ahead = Ahead(lab, impl, problem, self.default)

@@ -177,7 +177,7 @@ def told(rule: Rule) -> str:
     """What `tune` prints."""
     used = "used for shapes in between" if rule.sound and rule.radius else "not used"
     if not rule.radius:
-        used += ": no radius keeps every tuned shape from getting slower"
+        used += ": at no radius would neighbours' configs gain anything and make no tuned shape slower"
     elif not rule.sound:
         used += f": slower than the default on {rule.slower:.0%} of the held-out shapes"
     return (

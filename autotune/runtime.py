@@ -65,6 +65,7 @@ class Kernel:
         impl, config: what runs; `why` it was chosen, in one line.
         run: the bare kernel. It trusts the addresses it gets.
         tensors: (shape, type) of the output and the inputs.
+        spare: what `fresh` keeps between calls.
     """
 
     problem: Problem
@@ -89,13 +90,13 @@ class Kernel:
 
     def fresh(self, *inputs: Any) -> Any:
         """A new output tensor with the result. The inputs are not checked."""
-        if (out := self.spare.get("out")) is None:
-            shape, dtype = self.tensors[0]
-            out = inputs[0].new_empty(shape, dtype=dtype)
+        spare = self.spare.get("out")
+        out = inputs[0].new_empty(self.tensors[0][0], dtype=self.tensors[0][1]) if spare is None else spare
         result = self.run(out, *inputs)
         if result is None:
             return out
-        self.spare["out"] = out[:0]  # it allocates its result: from now on it gets an empty tensor of that type
+        if spare is None:  # it allocates its result: from now on it gets an empty tensor of that type
+            self.spare["out"] = out[:0]
         return result
 
 

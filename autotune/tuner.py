@@ -14,10 +14,12 @@ from typing import Any
 
 from rooftune import device, race, sensors
 from rooftune.autotune import final
+from rooftune.autotune.formats import Tuning
 from rooftune.autotune.job import Job
 from rooftune.autotune.journal import Trial, canonical
 from rooftune.autotune.limits import Budget
 from rooftune.autotune.nearest import distance
+from rooftune.autotune.past import Prior
 from rooftune.autotune.table import Entry, Table
 from rooftune.core import Config, Problem, Status, Unavailable, unknown
 from rooftune.energy import Energy
@@ -92,6 +94,8 @@ def tune(
     table: Table | None = None,
     also: Sequence[Config] = (),
     energy: bool = False,
+    prior: Prior | None = None,
+    history: Sequence[Tuning] = (),
     event: Event = lambda kind, text: None,
 ) -> TuneResult:
     """Search the configs of one competitor on one problem; see `Job` for the arguments not named here.
@@ -108,9 +112,22 @@ def tune(
     """
     spend = Budget.parse(budget) if isinstance(budget, str) else budget
     check_objective(objective, lab)
-    first = winners_nearby(table or Table(), impl, problem)
     job = Job(
-        lab, impl, problem, search_name, seed, journal_path, max_error, where, identity, options, also, first, event
+        lab,
+        impl,
+        problem,
+        search_name,
+        seed,
+        journal_path,
+        max_error,
+        where,
+        identity,
+        options,
+        also,
+        winners_nearby(table or Table(), impl, problem),
+        prior,
+        history,
+        event,
     )
     if job.journal.final is None or spend.left(job.journal) or job.missing:
         job.advance(spend)
@@ -171,8 +188,10 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
     """The final among the best few that the search found."""
     journal, default = job.journal, job.default
     trials = journal.trials
-    ranked = sorted((t for t in trials.values() if t.value is not None and not t.cut), key=lambda t: t.value or 0.0)
-    best = [t.config for t in ranked if t.config != default][: final.FINALISTS]
+    # What was cut as slower may still be the most frugal.
+    ran = [t for t in trials.values() if t.value is not None and (objective != "time" or not t.cut)]
+    ranked = [t.config for t in sorted(ran, key=lambda t: t.value or 0.0) if t.config != default]
+    best = ranked[: final.FINALISTS if objective == "time" else final.METERED]
     timing = replace(job.timing, rounds=max(job.timing.rounds, 10))
     end = final.decide(job.lab, job.impl, job.problem, default, best, timing, job.event, objective, energy)
     failed: dict[str, int] = {}

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rooftune import race, registry
-from rooftune.autotune import dispatch, nearest, precisions, search, tuner
+from rooftune.autotune import dispatch, formats, nearest, precisions, search, tuner
+from rooftune.autotune.formats import Tuning
 from rooftune.autotune.job import Job
 from rooftune.autotune.limits import EFFORTS, Budget
 from rooftune.autotune.share import share
@@ -23,12 +24,12 @@ from rooftune.registry import Impl
 from rooftune.results import store
 from rooftune.session import Session
 
-SEEDS = 5  # of a replay: one search alone may be lucky
-
 
 def tune(chosen: argparse.Namespace) -> ExitCode:
     """Every competitor with more than one config, on every problem; `--max-error` races the precisions too."""
     if chosen.simulate:
+        from rooftune.commands.simulate import simulated
+
         return simulated(chosen)
     common.options(chosen)
     common.check_targets(chosen)
@@ -57,7 +58,7 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
                 ]
                 _tune_all(plan, session, pairs, results, console)
         finally:
-            _write(chosen, results)
+            write(chosen, results)
         session.clear()
     if not results:
         raise UsageError("nothing to tune: no competitor with more than one config runs here on these problems")
@@ -74,6 +75,7 @@ class Plan:
     seed: int
     shared: bool
     weights: dict[str, float]
+    history: list[Tuning]
 
     @classmethod
     def of(cls, chosen: argparse.Namespace) -> Plan:
@@ -96,7 +98,8 @@ class Plan:
                 raise UsageError(f"--weight {text}: write PROBLEM=NUMBER, such as 'softmax[m=64,n=512]=2.5'")
             weights[str(registry.problem(problem))] = float(number)
         seed = chosen.seed or 0  # part of the journal's key: a drawn seed would never find its journal again
-        return cls(name, budget, chosen.objective, seed, chosen.share or bool(weights), weights)
+        history = [tuning for path in chosen.history for tuning in formats.load(Path(path))]
+        return cls(name, budget, chosen.objective, seed, chosen.share or bool(weights), weights, history)
 
 
 def _tune_all(
@@ -115,10 +118,11 @@ def _tune_all(
                 plan.seed,
                 identity=session.about["identity"],
                 start=tuner.winners_nearby(Table(), impl, problem),
+                history=plan.history,
                 event=_teller(session, f"{problem} {impl.key}"),
             )
-            if not jobs and job.ahead.why and session.device.kind == "cpu":
-                session.say(f"configs are {job.ahead.why}")
+            if not jobs and job.ahead.why:
+                console.print(f"compile-ahead: {job.ahead.why}", style="dim", markup=False)
             if not plan.shared:
                 if job.journal.final is None or plan.budget.left(job.journal):
                     job.advance(plan.budget)
@@ -189,35 +193,6 @@ def _neighbours(
     return changed
 
 
-def simulated(chosen: argparse.Namespace) -> ExitCode:
-    """Replay the search on recorded tunings with several seeds; no device is touched."""
-    from rooftune.autotune import formats, simulate
-
-    plan = Plan.of(chosen)
-    if chosen.budget and plan.budget.seconds is not None:
-        raise UsageError(f"--budget {chosen.budget}: a replay takes no time; give configs, such as --budget 100")
-    console = common.console(chosen)
-    results: list[dict[str, Any]] = []
-    for path in chosen.simulate:
-        for tuning in formats.load(Path(path)):
-            replays = [
-                simulate.replay(tuning, plan.search, plan.budget.configs, plan.seed + extra) for extra in range(SEEDS)
-            ]
-            told = simulate.summary(tuning, replays)
-            results.append(told)
-            console.print(f"\n{tuning.kernel} {tuning.problem} {tuning.device}".rstrip(), style="bold", markup=False)
-            console.print(f"  {told['recorded']} configs on record, {plan.search}, {SEEDS} seeds", markup=False)
-            shares = "  ".join(
-                f"{n}: {share:.3f}" for n, share in told["share_after"].items() if int(n) <= told["tried"]
-            )
-            console.print(f"  share of the best time after so many configs, median: {shares or 'fewer than 10'}")
-            needed = [told[key] or "not reached" for key in ("configs_to_95", "configs_to_99")]
-            console.print(f"  configs to 95 % of it: {needed[0]}, to 99 %: {needed[1]}", markup=False)
-            console.print(f"  best on record: {_config(told['best_config'])}", style="dim", markup=False)
-    _write(chosen, results)
-    return ExitCode.OK
-
-
 def _tunable(impl: Impl, kind: str) -> bool:
     """Baselines are not ours to tune: each of their calls races by itself."""
     return kind in impl.devices and impl.missing is None and not impl.baseline and not impl.per_shape
@@ -236,7 +211,7 @@ def show(result: TuneResult, console: Any) -> None:
     if result.speedup is not None and result.winner is not None:
         low, high = result.speedup_ci or (float("nan"), float("nan"))
         console.print(
-            f"  {'winner' if result.better else 'candidate'} {_config(result.winner)}: "
+            f"  {'winner' if result.better else 'candidate'} {config_text(result.winner)}: "
             f"{result.speedup:.3f}x the default [{low:.3f}, {high:.3f}] on fresh rounds "
             f"(the search had seen {result.search_speedup or 0:.3f}x)",
             markup=False,
@@ -246,7 +221,7 @@ def show(result: TuneResult, console: Any) -> None:
     console.print(f"  journal: {result.journal}", style="dim", markup=False)
 
 
-def _config(config: dict[str, Any]) -> str:
+def config_text(config: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in config.items())
 
 
@@ -273,6 +248,7 @@ def _precisions(
         search_name=plan.search,
         seed=plan.seed,
         objective=plan.objective,
+        history=plan.history,
         identity=session.about["identity"],
         event=lambda kind, text: session.say(f"{shape} {text}"),
     )
@@ -292,7 +268,7 @@ def _precisions(
     session.log.append({"schema": 1, "run": session.run, "kind": "front", "points": [p.as_json() for p in points]})
 
 
-def _write(chosen: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+def write(chosen: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(r) + "\n" for r in results)
     for form in ("csv", "md", "junit"):
         if getattr(chosen, form, None):
@@ -311,12 +287,12 @@ def best(chosen: argparse.Namespace) -> ExitCode:
         answer = dispatch.explain(text, common.device_name(chosen), chosen.threads)
         answers.append({"kind": "best", **answer})
         console.print(f"\n{answer['problem']} on {answer['device']}", style="bold", markup=False)
-        config = f" ({_config(answer['config'])})" if answer.get("config") else ""
+        config = f" ({config_text(answer['config'])})" if answer.get("config") else ""
         console.print(f"  use {answer['impl']}{config}", style="green", markup=False)
         console.print(f"  because {answer['why']}", markup=False)
         for other in answer["considered"]:
             console.print(f"  not {other['impl']}: {other['reason'] or other['why']}", style="dim", markup=False)
         if answer["next"]:
             console.print(f"  next: {answer['next']}", style="dim", markup=False)
-    _write(chosen, answers)
+    write(chosen, answers)
     return ExitCode.OK

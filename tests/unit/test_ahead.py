@@ -89,6 +89,22 @@ def test_spilling_and_broken_configs_never_reach_the_device(
     assert sum(t["status"] == Status.FAILED_COMPILE for t in trials.values()) == 9
 
 
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ({"shared_bytes": 232449}, "needs 232449 bytes of shared memory, sm_90a has 232448"),
+        ({"registers": 255, "threads": 512}, "needs 130560 registers for a block"),
+        ({"registers": 128, "threads": 512, "shared_bytes": 232448, "spill_bytes": 0}, ""),
+        ({"registers": None, "threads": None, "shared_bytes": None, "spill_bytes": None}, ""),
+    ],
+)
+def test_what_cannot_launch_is_known_from_its_resources(on_gpu: None, found: dict[str, Any], why: str) -> None:
+    with make(lambda config: Reply(Status.OK, "", dict(found)), []) as known:
+        trial = known.judge(BEST, {})
+    assert (trial is None) == (why == "")
+    assert trial is None or (trial.status == Status.SKIPPED and why in trial.reason)
+
+
 def test_identical_machine_code_is_measured_once(on_gpu: None) -> None:
     def answer(config: Config) -> Reply:
         return Reply(Status.OK, "", {"binary": str(config["block_m"])})

@@ -74,9 +74,11 @@ def raced(text: str, ratio: float) -> Any:
     return problem
 
 
-def alone(folder: Path, code: str) -> Any:
+def alone(folder: Path, code: str, *arguments: str) -> Any:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(folder)}
-    done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -129,15 +131,45 @@ def test_an_export_replaces_its_own_folder_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("impl", [i for op in registry.op_names() for i in registry.impls(op)], ids=lambda i: i.key)
 def test_every_competitors_source_can_leave_or_says_why_not(impl: registry.Impl) -> None:
     package = vendor.Package()
-    if impl.per_shape:
-        with pytest.raises(UsageError, match=r"needs rooftune\.registry"):
-            package.add(impl.module, "build")
+    try:
+        package.add(impl.module, "build")
+    except UsageError as error:
+        assert impl.per_shape, error  # torch.compile's: they ask the registry for inputs to compile with
+        assert "needs rooftune.registry" in str(error)  # noqa: PT017
         return
-    package.add(impl.module, "build")
     for path, text in package.files().items():
         compile(text, path, "exec")
         assert "from rooftune" not in text, path
     assert not {"emulate", "compile_for"} & {name for s in package.kept[impl.module] for name in s.binds}
+
+
+COMPILED = """
+import json, sys
+sys.modules["rooftune"] = None
+from cuda_alone.core import Problem
+from cuda_alone.kernels.common.cupy import compile_cubin
+from cuda_alone.kernels.softmax import cupy as ours
+problem, config = Problem.parse(sys.argv[1]), json.loads(sys.argv[2])
+cubin, _ = compile_cubin(ours._kernel(problem, config), "sm_90a")
+print(json.dumps(cubin.stat().st_size))
+"""
+
+
+def test_cuda_sources_travel_with_the_headers_they_include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impl = registry.impl("softmax/cupy")
+    if impl.missing:
+        pytest.skip(impl.missing)
+    package = vendor.Package()
+    package.add(impl.module, "build")
+    for path, text in (package.files() | export._data(package)).items():
+        place = tmp_path / "cuda_alone" / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    (tmp_path / "cuda_alone" / "__init__.py").touch()
+    problem = registry.problem("softmax[m=64,n=512,fp32]")
+    config = json.dumps(impl.load().SPACE.default_for(problem))
+    monkeypatch.setenv("ROOFTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    assert alone(tmp_path, COMPILED, str(problem), config) > 1000
 
 
 def test_torch_compile_wins_but_the_next_best_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_lab import AXES, BEST, DEFAULT, FakeLab, cost
 from test_tuner import run
 
-from rooftune.autotune import journal, search, simulate
+from rooftune import bench, registry
+from rooftune.autotune import journal, past, search, simulate
 from rooftune.autotune.formats import Row, Tuning, load, write
-from rooftune.core import Status, UsageError
+from rooftune.autotune.job import Job
+from rooftune.autotune.limits import Budget
+from rooftune.core import ExitCode, Status, UsageError
 
 CACHE: dict[str, Any] = {
     "device_name": "NVIDIA A100",
@@ -210,6 +214,60 @@ def test_a_record_of_failures_only_is_refused(tmp_path: Path) -> None:
     rows = [Row({"a": 1}, None, None, Status.TIMEOUT)]
     with pytest.raises(UsageError, match="no config of k p ran"):
         simulate.replay(Tuning("k", "p", "", {"a": [1]}, rows, "f"), "random")
+
+
+def test_the_command_line_replays_and_converts_without_a_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "cache.json", tmp_path / "out"
+    path.write_text(cache_text())
+    assert bench.main(["tune", "--simulate", str(path), "--search", "random", "--json", "-"]) == 0
+    (told,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (told["kernel"], told["recorded"], len(told["seeds"])) == ("vector_add", 4, 5)
+    assert told["share_after"]["25"] == 1.0
+    assert bench.main(["export", str(path), "--format", "t4", "--out", str(out)]) == 0
+    (written,) = out.iterdir()
+    assert load(written)[0].rows[1].time_s == pytest.approx(1e-3)
+    assert bench.main(["tune", "--simulate", str(path), "--budget", "60s"]) == ExitCode.USAGE
+    assert bench.main(["export", "--format", "t4", "--out", str(out)]) == ExitCode.USAGE
+    assert "takes files with recorded tunings" in capsys.readouterr().err
+
+
+# --- history --------------------------------------------------------------------------------------------------------
+
+
+def test_earlier_journals_are_history_for_other_shapes_and_devices(tmp_path: Path) -> None:
+    """By themselves: those in the results folder. Nearest shape first, and never the one being written."""
+    from fake_lab import IMPL
+
+    def tuned_at(n: int, name: str = "test") -> Job:
+        problem = registry.problem(f"softmax[m=64,n={n}]")
+        made = Job(FakeLab().lab, IMPL, problem, identity={"kind": "cpu", "name": name}, seed=n)
+        made.advance(Budget(configs=12))
+        return made
+
+    assert tuned_at(4096).space.history == []
+    tuned_at(512)
+    near = tuned_at(256).space
+    assert len(near.history) == 2
+    assert all(np.nanmax(column) == 1.0 and np.isfinite(column).sum() == 12 for column in near.history)
+    assert list(np.flatnonzero(near.history[0] == 1.0)) != []
+    assert len(tuned_at(256).space.history) == 2  # its own journal, same device: resumed, not history
+    assert len(tuned_at(256, "another").space.history) == 2  # it goes into the same file
+
+
+def test_a_foreign_record_and_a_model_become_columns(tmp_path: Path) -> None:
+    rows = [Row(DEFAULT, 2.0, 2.0), Row(BEST, 1.0, 1.0), Row({"a": 1}, 1.0, 1.0)]
+    rows.append(Row({**BEST, "unroll": 4}, None, None, Status.TIMEOUT))
+    space = past.Known.of(AXES, [DEFAULT, BEST, {**BEST, "unroll": 4}, {**BEST, "unroll": 1}])
+    assert isinstance(space, past.Known)
+    space.learn([Tuning("k", "p", "", {}, rows, ""), Tuning("k", "p", "", {}, rows[2:3], "")], lambda configs: None)
+    assert len(space.history) == 1  # the second knows none of our configs
+    np.testing.assert_array_equal(space.history[0], [0.5, 1.0, 0.0, np.nan])
+    assert space.prior is None
+    space.learn([], lambda configs: [float(i) for i, _ in enumerate(configs)])
+    assert space.prior is not None
+    assert space.prior.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 # --- the journal under damage ---------------------------------------------------------------------------------------
