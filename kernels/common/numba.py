@@ -105,7 +105,9 @@ def intrinsic(signature: Sequence[Any], emit: Callable[..., Value | None], retur
 
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("context", *names)]
     typing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return numba_intrinsic(typing)
+    made = numba_intrinsic(typing)
+    made.emit = emit  # the code for another CPU can be made, and read, from it
+    return made
 
 
 @dataclass(frozen=True)
