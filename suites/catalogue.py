@@ -37,8 +37,8 @@ def _read(path: Path) -> tuple[Lists, str]:
 
 
 def names() -> tuple[str, ...]:
-    """The suites, in alphabetical order."""
-    return tuple(sorted(path.stem for path in HERE.glob("*.py") if _read(path)[0]))
+    """The suites, in alphabetical order; `cpu_goals.py` is called `cpu-goals`."""
+    return tuple(sorted(path.stem.replace("_", "-") for path in HERE.glob("*.py") if _read(path)[0]))
 
 
 def summary(suite: str) -> str:
@@ -53,7 +53,7 @@ def summary(suite: str) -> str:
 def _path(suite: str) -> Path:
     if suite not in names():
         raise unknown("suite", suite, names(), f"a suite is a file in {HERE.name}/")
-    return HERE / f"{suite}.py"
+    return HERE / f"{suite.replace('-', '_')}.py"
 
 
 def problems(suite: str, ops: Sequence[str], precisions: Sequence[str], device_kind: str) -> list[Problem]:

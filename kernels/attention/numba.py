@@ -33,7 +33,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 TILES = {  # rows (keys, or columns of v) x queries of the register tile, by lanes of a vector
     16: ("8x48", "12x32", "8x32", "4x96", "28x16", "8x16"),
-    8: ("4x24", "6x16", "4x16", "12x8", "8x8"),
+    8: ("4x16", "4x24", "6x16", "12x8", "8x8"),
     4: ("4x12", "6x8", "4x8", "8x4"),
 }
 
@@ -41,7 +41,7 @@ TILES = {  # rows (keys, or columns of v) x queries of the register tile, by lan
 def _default(problem: Problem) -> Config:
     tiles = TILES[vector_width()]
     few = problem["sq"] * problem["h"] // problem["hkv"] <= vector_width()
-    return {"tile": tiles[-2] if few else tiles[0], "block_k": 128, "query_tiles": 32}
+    return {"tile": tiles[-2] if few else tiles[0], "block_k": 256, "query_tiles": 32}
 
 
 SPACE = Space(

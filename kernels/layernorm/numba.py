@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,68 +17,90 @@ from rooftune.kernels.layernorm import EPS
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
 LARGE = 2 << 20  # bytes of an output that leaves an L2 cache anyway: from there streaming was faster
+SHORT = 512  # columns of a row whose sums across lanes take longer than its visits
 
 
 def _default(problem: Problem) -> Config:
     large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
-    return {"unroll": 4, "tasks_per_thread": 1, "store": "stream" if large else "cached"}
+    short = problem["n"] <= SHORT
+    return {
+        "unroll": 2 if short else 8,
+        "rows": 4 if short else 1,
+        "tasks_per_thread": 1,
+        "store": "stream" if large else "cached",
+        "prefetch": "next",
+    }
 
 
 SPACE = Space(
     axes={
-        "unroll": (1, 2, 4, 8),  # independent vectors in flight
+        "unroll": (1, 2, 4, 8),  # independent vectors of a row in flight
+        "rows": (1, 2, 4),  # rows at once, so that one's sums across lanes hide behind another's
         "tasks_per_thread": (1, 2, 4, 8),
         "store": ("cached", "stream"),  # stream: past the caches, which pays for outputs larger than these
+        "prefetch": ("none", "next"),  # next: the rows that follow, while the variance is computed
     },
+    where=(lambda config, problem: config["rows"] * config["unroll"] <= 8,),
     default=_default,
 )
 
 
 @cache
-def row_kernel(dtype: str, rms: bool, unroll: int, stream: bool) -> Any:
-    """Numba function (x, weight, bias, out, n): one row. Addresses; bias is not read if rms.
+def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahead: bool) -> Any:
+    """Numba function (x, weight, bias, out, n): some rows. Addresses; bias is not read if rms.
 
     The mean, then the mean of squared distances from it (the row is in the L1 cache by then), then the
     result. A one-pass variance would lose 4 digits on rows with a mean of 100 deviations.
     """
 
     def emit(e: Emit, x: Value, weight: Value, bias: Value, out: Value, n: Value) -> None:
-        b = e.builder
+        b, every = e.builder, range(rows)
         count = b.sitofp(n, F32)
+        xs, outs = ([e.offset(base, b.mul(n, e.index(r)), ITEM[dtype]) for r in every] for base in (x, out))
 
-        def mean_of(term: Any) -> Value:
-            """Mean over the row of term(chunk)."""
-            sums = e.row(n, [0.0], lambda c, s: [b.fadd(s[0], c.only_new(term(c)))], unroll)[0]
-            return b.fdiv(e.total(sums), count)
+        def means(term: Callable[[Chunk, int, Value], Value]) -> list[Value]:
+            """For each row the mean of term(chunk, row, sum so far) - sum."""
 
-        mean = e.splat(0.0) if rms else e.splat(mean_of(lambda c: c.load(x, dtype)))
+            def add(chunk: Chunk, state: State) -> State:
+                return [term(chunk, r, state[r]) for r in every]
 
-        def centred(chunk: Chunk) -> Value:
-            value = chunk.load(x, dtype)
-            return value if rms else b.fsub(value, mean)
+            return [b.fdiv(e.total(sums), count) for sums in e.row(n, [0.0] * rows, add, unroll)]
 
-        def square(chunk: Chunk) -> Value:
-            value = centred(chunk)
-            return b.fmul(value, value)
+        def value(chunk: Chunk, r: int, total: Value) -> Value:
+            return b.fadd(total, chunk.only_new(chunk.load(xs[r], dtype)))
 
-        variance = b.fadd(mean_of(square), ir.Constant(F32, EPS))
-        scale = e.splat(b.fdiv(ir.Constant(F32, 1.0), e.call("llvm.sqrt.f32", F32, [variance])))
+        centres = [] if rms else [e.splat(mean) for mean in means(value)]
+
+        def centred(chunk: Chunk, r: int) -> Value:
+            return chunk.load(xs[r], dtype) if rms else b.fsub(chunk.load(xs[r], dtype), centres[r])
+
+        def square(chunk: Chunk, r: int, total: Value) -> Value:
+            if ahead:
+                following = b.add(chunk.at, b.mul(n, e.index(rows)))
+                e.prefetch(e.offset(xs[r], following, ITEM[dtype]))
+            distance = chunk.only_new(centred(chunk, r))
+            return e.fma(distance, distance, total)
+
+        scales = []
+        for mean in means(square):
+            root = e.call("llvm.sqrt.f32", F32, [b.fadd(mean, ir.Constant(F32, EPS))])
+            scales.append(e.splat(b.fdiv(ir.Constant(F32, 1.0), root)))
 
         def normalise(past_caches: bool) -> State:
-            def body(chunk: Chunk, state: State) -> State:
-                value = b.fmul(centred(chunk), scale)
-                if rms:
-                    value = b.fmul(value, chunk.load(weight, dtype))
-                else:
-                    value = e.fma(value, chunk.load(weight, dtype), chunk.load(bias, dtype))
-                chunk.store(value, out, dtype, past_caches)
-                return []
+            for r in every:  # row by row: stores past the caches have to fill whole lines
 
-            e.row(n, [], body, unroll)
+                def body(chunk: Chunk, state: State, r: int = r) -> State:
+                    value, factor = b.fmul(centred(chunk, r), scales[r]), chunk.load(weight, dtype)
+                    value = b.fmul(value, factor) if rms else e.fma(value, factor, chunk.load(bias, dtype))
+                    chunk.store(value, outs[r], dtype, past_caches, short_nans=True)
+                    return []
+
+                e.row(n, [], body, unroll)
             return []
 
         if stream:
-            e.branch(e.aligned(out, dtype), lambda: normalise(True), lambda: normalise(False))
+            even = [e.aligned(place, dtype) for place in outs]
+            e.branch(e.tree(even, b.and_), lambda: normalise(True), lambda: normalise(False))
         else:
             normalise(False)
 
@@ -85,24 +108,31 @@ def row_kernel(dtype: str, rms: bool, unroll: int, stream: bool) -> Any:
 
 
 @cache
-def compiled(dtype: str, rms: bool, unroll: int, stream: bool) -> Any:
+def compiled(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahead: bool) -> Any:
     """Numba function (x, weight, bias, out, m, n, tasks): the rows in `tasks` equal parts."""
-    row, item = row_kernel(dtype, rms, unroll, stream), ITEM[dtype]
+    several, item = row_kernel(dtype, rms, unroll, rows, stream, ahead), ITEM[dtype]
+    single = row_kernel(dtype, rms, unroll, 1, stream, ahead)
 
     @jit("void(int64, int64, int64, int64, int64, int64, int64)")
-    def rows(x, weight, bias, out, m, n, tasks):  # type: ignore[no-untyped-def]
+    def parts(x, weight, bias, out, m, n, tasks):  # type: ignore[no-untyped-def]
         for task in prange(tasks):
-            for i in range(task * m // tasks, (task + 1) * m // tasks):
-                row(x + i * n * item, weight, bias, out + i * n * item, n)
+            begin, stop = task * m // tasks, (task + 1) * m // tasks
+            whole = begin + (stop - begin) // rows * rows
+            for i in range(begin, whole, rows):
+                several(x + i * n * item, weight, bias, out + i * n * item, n)
+            if rows > 1:
+                for i in range(whole, stop):
+                    single(x + i * n * item, weight, bias, out + i * n * item, n)
 
-    return rows
+    return parts
 
 
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], x: [m, n], weight: [n], bias: [n]), no bias with the flag rms; all contiguous."""
     require(problem.precision)
     m, n, rms = problem["m"], problem["n"], bool(problem.flag("rms"))
-    kernel = compiled(problem.precision, rms, config["unroll"], config["store"] == "stream")
+    streams, ahead = config["store"] == "stream", config["prefetch"] == "next"
+    kernel = compiled(problem.precision, rms, config["unroll"], config["rows"], streams, ahead)
     tasks = min(m, threads() * config["tasks_per_thread"])
 
     def run(out: Any, x: Any, weight: Any, bias: Any = None) -> None:

@@ -15,61 +15,91 @@ from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
 LARGE = 2 << 20  # bytes of an output that leaves an L2 cache anyway: from there streaming was faster
+SHORT = 512  # columns of a row whose sums across lanes take longer than its visits
 
 
 def _default(problem: Problem) -> Config:
     large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
-    return {"unroll": 4, "tasks_per_thread": 1, "exponentials": "keep", "store": "stream" if large else "cached"}
+    short = problem["n"] <= SHORT
+    return {
+        "unroll": 2 if short else 8,
+        "rows": 4 if short else 1,
+        "tasks_per_thread": 1,
+        "exponentials": "keep",
+        "store": "stream" if large else "cached",
+        "prefetch": "next",
+    }
 
 
 SPACE = Space(
     axes={
-        "unroll": (1, 2, 4, 8),  # independent vectors in flight
+        "unroll": (1, 2, 4, 8),  # independent vectors of a row in flight
+        "rows": (1, 2, 4),  # rows at once, so that one's sums across lanes hide behind another's
         "tasks_per_thread": (1, 2, 4, 8),
         "exponentials": ("keep", "recompute"),  # keep: in an fp32 row that stays in the L1 or L2 cache
         "store": ("cached", "stream"),  # stream: past the caches, which pays for outputs larger than these
+        "prefetch": ("none", "next"),  # next: the rows that follow, while the exponentials are computed
     },
+    where=(lambda config, problem: config["rows"] * config["unroll"] <= 8,),
     default=_default,
 )
 
 
 @cache
-def row_kernel(dtype: str, unroll: int, keep: bool, stream: bool) -> Any:
-    """Numba function (x, out, scratch, n): one row. Addresses; scratch: [n] fp32.
+def row_kernel(dtype: str, unroll: int, rows: int, keep: bool, stream: bool, ahead: bool) -> Any:
+    """Numba function (x, out, scratch, n): some rows. Addresses; scratch: [rows, n] fp32.
 
     Three visits: maximum; exponentials and their sum; scaled result. The maximum ignores NaN, but a NaN
     makes the sum NaN, and a row of -inf only has -inf - -inf = NaN: both give a row of NaN, as in torch.
     The maximum is subtracted before the factor log2(e): logits of 1e4 keep their accuracy.
     """
+    degree = 5 if dtype == "fp32" else 4
 
     def emit(e: Emit, x: Value, out: Value, scratch: Value, n: Value) -> None:
-        b = e.builder
-        largest = e.row(n, [float("-inf")], lambda c, s: [e.max(c.load(x, dtype), s[0])], unroll)[0]
-        top = e.splat(e.reduce(e.tree(largest, e.max), e.max))
+        b, every = e.builder, range(rows)
+        xs, outs, kept = (
+            [e.offset(base, b.mul(n, e.index(r)), size) for r in every]
+            for base, size in ((x, ITEM[dtype]), (out, ITEM[dtype]), (scratch, 4))
+        )
 
-        def exponential(chunk: Chunk) -> Value:
-            return e.exp2(b.fmul(b.fsub(chunk.load(x, dtype), top), e.splat(LOG2E)))
+        def larger(chunk: Chunk, state: State) -> State:
+            return [e.max(chunk.load(xs[r], dtype), state[r]) for r in every]
+
+        largest = e.row(n, [float("-inf")] * rows, larger, unroll)
+        tops = [e.splat(e.reduce(e.tree(some, e.max), e.max)) for some in largest]
+
+        def exponential(chunk: Chunk, r: int) -> Value:
+            return e.exp2(b.fmul(b.fsub(chunk.load(xs[r], dtype), tops[r]), e.splat(LOG2E)), degree)
 
         def add(chunk: Chunk, state: State) -> State:
-            value = exponential(chunk)
-            if keep:
-                chunk.store(value, scratch, "fp32")
-            return [b.fadd(state[0], chunk.only_new(value))]
+            sums = []
+            for r in every:
+                if ahead:
+                    following = b.add(chunk.at, b.mul(n, e.index(rows)))
+                    e.prefetch(e.offset(xs[r], following, ITEM[dtype]))
+                value = exponential(chunk, r)
+                if keep:
+                    chunk.store(value, kept[r], "fp32")
+                sums.append(b.fadd(state[r], chunk.only_new(value)))
+            return sums
 
-        total = e.total(e.row(n, [0.0], add, unroll)[0])
-        factor = e.splat(b.fdiv(total.type(1.0), total))
+        totals = [e.total(some) for some in e.row(n, [0.0] * rows, add, unroll)]
+        factors = [e.splat(b.fdiv(total.type(1.0), total)) for total in totals]
 
         def scale(past_caches: bool) -> State:
-            def body(chunk: Chunk, state: State) -> State:
-                value = chunk.load(scratch, "fp32") if keep else exponential(chunk)
-                chunk.store(b.fmul(value, factor), out, dtype, past_caches)
-                return []
+            for r in every:  # row by row: stores past the caches have to fill whole lines
 
-            e.row(n, [], body, unroll)
+                def body(chunk: Chunk, state: State, r: int = r) -> State:
+                    value = chunk.load(kept[r], "fp32") if keep else exponential(chunk, r)
+                    chunk.store(b.fmul(value, factors[r]), outs[r], dtype, past_caches, short_nans=True)
+                    return []
+
+                e.row(n, [], body, unroll)
             return []
 
         if stream:
-            e.branch(e.aligned(out, dtype), lambda: scale(True), lambda: scale(False))
+            even = [e.aligned(place, dtype) for place in outs]
+            e.branch(e.tree(even, b.and_), lambda: scale(True), lambda: scale(False))
         else:
             scale(False)
 
@@ -77,27 +107,34 @@ def row_kernel(dtype: str, unroll: int, keep: bool, stream: bool) -> Any:
 
 
 @cache
-def compiled(dtype: str, unroll: int, keep: bool, stream: bool) -> Any:
-    """Numba function (x, out, scratch, m, n, tasks): rows in `tasks` equal parts, one row of scratch each."""
-    row, item = row_kernel(dtype, unroll, keep, stream), ITEM[dtype]
+def compiled(dtype: str, unroll: int, rows: int, keep: bool, stream: bool, ahead: bool) -> Any:
+    """Numba function (x, out, scratch, m, n, tasks): rows in `tasks` equal parts, `rows` of scratch each."""
+    several, item = row_kernel(dtype, unroll, rows, keep, stream, ahead), ITEM[dtype]
+    single = row_kernel(dtype, unroll, 1, keep, stream, ahead)
 
     @jit("void(int64, int64, int64, int64, int64, int64)")
-    def rows(x, out, scratch, m, n, tasks):  # type: ignore[no-untyped-def]
+    def parts(x, out, scratch, m, n, tasks):  # type: ignore[no-untyped-def]
         for task in prange(tasks):
-            for i in range(task * m // tasks, (task + 1) * m // tasks):
-                row(x + i * n * item, out + i * n * item, scratch + task * n * 4, n)
+            begin, stop, own = task * m // tasks, (task + 1) * m // tasks, scratch + task * rows * n * 4
+            whole = begin + (stop - begin) // rows * rows
+            for i in range(begin, whole, rows):
+                several(x + i * n * item, out + i * n * item, own, n)
+            if rows > 1:
+                for i in range(whole, stop):
+                    single(x + i * n * item, out + i * n * item, own, n)
 
-    return rows
+    return parts
 
 
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], x: [m, n]); both contiguous, of the problem's precision."""
     require(problem.precision)
-    m, n = problem["m"], problem["n"]
+    m, n, rows = problem["m"], problem["n"], config["rows"]
     keep = config["exponentials"] == "keep"
-    kernel = compiled(problem.precision, config["unroll"], keep, config["store"] == "stream")
+    streams, ahead = config["store"] == "stream", config["prefetch"] == "next"
+    kernel = compiled(problem.precision, config["unroll"], rows, keep, streams, ahead)
     tasks = min(m, threads() * config["tasks_per_thread"])
-    scratch = torch.empty(tasks * n if keep else 1, dtype=torch.float32)
+    scratch = torch.empty(tasks * rows * n if keep else 1, dtype=torch.float32)
 
     def run(out: Any, x: Any) -> None:
         kernel(x.data_ptr(), out.data_ptr(), scratch.data_ptr(), m, n, tasks)

@@ -138,10 +138,10 @@ def test_packed_panels_multiply_to_the_product(dtype: str, dot: bool, along_k: b
         pack = compiled(tiles.pack(form, size, along_k, flip), 5)
         pack(laid.data_ptr(), target, len(source), stride, k)
     sums = np.zeros((rows, columns), np.int32 if dtype == "int8" else np.float32)
-    multiply = compiled(tiles.tile(form, rows, columns), 7)
-    multiply(a_pack, b_pack, sums, words - 1, 0, 0, 0)
+    multiply = compiled(tiles.tile(form, rows, columns), 5)
+    multiply(a_pack, b_pack, sums, words - 1, 0)
     half = a_pack.reshape(-1)[(words - 1) * rows :], b_pack.reshape(-1)[(words - 1) * columns :]
-    multiply(*half, sums, 1, 0, 0, 1)  # the rest of k is added to what is there
+    multiply(*half, sums, 1, 1)  # the rest of k is added to what is there
     want = stored.double() @ other.double().t()
     if form.unsigned_a:
         want = want + 128 * other.double().sum(1)

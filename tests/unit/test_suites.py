@@ -19,6 +19,10 @@ def test_the_folder_is_the_list():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suite", catalogue.names())
 def test_every_problem_is_legal_in_every_precision(suite, kind):
+    if (suite, kind) == ("cpu-goals", "cuda"):
+        with pytest.raises(UsageError, match="on cuda"):
+            catalogue.problems(suite, registry.op_names(), list(PRECISIONS), kind)
+        return
     found = catalogue.problems(suite, registry.op_names(), list(PRECISIONS), kind)
     assert len(found) == len(set(found))
     for problem in found:
@@ -36,7 +40,7 @@ def test_cpu_lists_stay_small(suite):
     for problem in catalogue.problems(suite, registry.op_names(), ["fp32"], "cpu"):
         op = registry.op(problem.op)
         assert op.flops(problem) <= CPU_FLOPS, problem
-        assert op.bytes(problem) <= 64 * 2**20, problem
+        assert op.bytes(problem) <= (520 if suite == "cpu-goals" else 64) * 2**20, problem  # goals beyond the caches
 
 
 def test_quick_has_two_problems_an_operator_of_ten_milliseconds():

@@ -1,0 +1,116 @@
+"""Two hundred random shapes for every Numba CPU competitor: odd, prime and tiny sizes, addresses of every alignment.
+
+Sizes are run-time arguments of these kernels, so one compilation serves all of them.
+"""
+
+# ruff: noqa: E402  # nothing below can be imported where numba or torch is missing
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+MISSING = [name for name in ("torch", "numba") if importlib.util.find_spec(name) is None]
+if MISSING:
+    pytest.skip(f"{', '.join(MISSING)} not installed", allow_module_level=True)
+
+import torch
+
+from rooftune import check, registry
+from rooftune.core import Config, Problem
+
+SHAPES = 200
+SIZES = (1, 2, 3, 5, 7, 8, 13, 16, 17, 23, 24, 31, 32, 33, 47, 64, 67, 97, 101)
+
+
+def misaligned(run: check.Run, by: int) -> check.Run:
+    """The same call on tensors that begin `by` elements after an aligned address."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        space = torch.zeros(tensor.numel() + by, dtype=tensor.dtype)[by:].view(tensor.shape)
+        return space.copy_(tensor)
+
+    def call(out: Any, *tensors: Any) -> None:
+        place = moved(out)
+        run(place, *(moved(t) for t in tensors))
+        out.copy_(place)
+
+    return call
+
+
+def race_shapes(problems: list[Problem], change: Callable[[Problem], Config] = lambda problem: {}) -> None:
+    """Check each problem under the default config with changes: value, bounds, inputs kept, same bits again."""
+    module = registry.impl(f"{problems[0].op}/numba").load()
+    for number, problem in enumerate(problems):
+        op, config = registry.op(problem.op), {**module.SPACE.default_for(problem), **change(problem)}
+        assert module.SPACE.valid(config, problem), f"{problem}: {config}"
+        run = misaligned(module.build(problem, config), number % 4)
+        kind = ("normal", *op.adversarial)[number % (1 + len(op.adversarial))] if number % 3 == 0 else "normal"
+        if kind != "integers" and problem.precision == "int8":
+            kind = "normal"
+        verdict = check.check_case(op, problem, run, seed=number, kind=kind)
+        assert verdict.ok, f"{problem}, {kind}, {number % 4} elements off: {verdict.reason}"
+        assert verdict.deterministic is not False, f"{problem}: other bits the second time"
+
+
+def drawn(count: int, make: Callable[[Callable[..., int]], Problem]) -> list[Problem]:
+    rng = random.Random(7)
+    return [registry.problem(make(lambda *sizes: rng.choice(sizes or SIZES))) for _ in range(count)]
+
+
+def test_softmax() -> None:
+    problems = drawn(SHAPES, lambda size: Problem.make("softmax", "fp32", m=size(), n=size()))
+    race_shapes(problems, lambda problem: {"rows": 4, "unroll": 2, "store": "stream"})  # and one by one: m % 4
+
+
+def test_layer_norm() -> None:
+    problems = drawn(SHAPES, lambda size: Problem.make("layernorm", "bf16", m=size(), n=size()))
+    race_shapes(problems)
+
+
+PATHS = [
+    ("fp32", "nt", {"read_b": "packed", "tile": 0, "block_k": 64, "prefetch": "next"}),
+    ("int8", "tt", {"read_b": "packed", "tile": 1, "block_k": 64, "prefetch": "none", "multiply": "widen"}),
+    ("bf16", "nn", {"read_b": "direct", "tile": 1, "block_k": 8}),
+    ("fp32", "nt", {"read_b": "direct", "tile": 1, "block_k": 8}),
+]
+
+
+@pytest.mark.parametrize(("precision", "transpose", "config"), PATHS, ids=["packed", "int8", "direct", "dots"])
+def test_gemm(precision: str, transpose: str, config: Config) -> None:
+    tiles = registry.impl("gemm/numba").load().SPACE.axes["tile"]
+    flags = {"transpose": transpose}
+    problems = drawn(SHAPES // 4, lambda size: Problem.make("gemm", precision, flags, m=size(), n=size(), k=size()))
+    fixed = {"block_m": 168, "unroll": 1, "prefetch": "next", "multiply": "widen"}
+    race_shapes(problems, lambda problem: {**fixed, **config, "tile": tiles[config["tile"]]})
+
+
+def test_attention() -> None:
+    """Causal or not, grouped heads, heads smaller than a vector, and rows that may see no key (sq > sk)."""
+
+    def make(size: Callable[..., int]) -> Problem:
+        group, hkv, d = size(1, 2, 3), size(1, 2), size(1, 3, 4, 8, 12, 20, 33, 64, 80)
+        flags = {"causal": "1"} if size(0, 1) else {}
+        sizes = {"b": size(1, 2), "h": hkv * group, "hkv": hkv, "sq": size(), "sk": size(), "d": d}
+        return Problem.make("attention", "fp32", flags, **sizes)
+
+    problems = drawn(SHAPES, make)
+    assert any(p.flag("causal") and p["sq"] > p["sk"] for p in problems)
+    tile = registry.impl("attention/numba").load().SPACE.axes["tile"][0]
+    race_shapes(problems, lambda problem: {"tile": tile, "block_k": 32, "query_tiles": 1 + problem["sq"] % 2})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_special_rows_of_softmax_are_as_in_torch(value: float) -> None:
+    module = registry.impl("softmax/numba").load()
+    x = torch.randn(6, 45)
+    x[1, 3], x[2, 44], x[3] = value, value, value
+    x[4, :44] = value
+    problem = registry.problem("softmax[m=6,n=45]")
+    config = {**module.SPACE.default_for(problem), "rows": 4, "unroll": 2, "store": "stream", "prefetch": "next"}
+    out = torch.full_like(x, 9.0)
+    module.build(problem, config)(out, x)
+    torch.testing.assert_close(out, torch.softmax(x, -1), equal_nan=True, rtol=1e-5, atol=1e-7)
