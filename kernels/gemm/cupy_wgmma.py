@@ -119,7 +119,7 @@ def _default(problem: Problem) -> Config:
     m, n, k = (problem[x] for x in "mnk")
     small, promote = m <= 64, int(problem.precision == "fp8")
     wide = 256 if m * n >= 128 * 256 * 66 and not promote else 128  # half of the multiprocessors at least
-    config = {
+    config: Config = {
         "block_m": next(r for r in (16, 32, 64) if m <= r) if small else 128,
         "block_n": 128 if small else wide,
         "block_k": LINE // cuda.bytes_in(problem),

@@ -174,7 +174,8 @@ DRIVER = r"""
 #include <string.h>
 #include <stdint.h>
 int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
-    const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int l2, int fill) {
+    const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int l2,
+    int fill) {
   uint64_t* o = map;
   if ((uintptr_t)map % 64) return 1;
   memset(o, 0, 128);
