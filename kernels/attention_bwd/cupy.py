@@ -13,7 +13,7 @@ from rooftune.kernels.common import cupy as cuda
 from rooftune.kernels.common.resources import worst
 
 DEVICES = ("cuda",)
-PRECISIONS = ("fp16", "bf16")
+PRECISIONS = ("bf16", "fp16")
 LARGEST_D = 128  # dk and dv take d registers a thread
 PREPARE_WARPS = 8
 ROLES = (("block_m1", 1), ("block_n2", 0))  # axis of the rows that pass, and whether the block owns keys

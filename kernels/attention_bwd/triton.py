@@ -1,4 +1,4 @@
-"""Triton: dk and dv by blocks of keys, dq by blocks of queries; weights are made again from lse, nothing is added atomically.
+"""Triton: dk and dv by blocks of keys, dq by blocks of queries; weights come from lse, no atomic additions.
 
 Seven products instead of the five of a single kernel, whose dq of different blocks of keys would have to be
 added up in memory: in exchange, results are the same to the bit on every call.
@@ -19,7 +19,7 @@ from rooftune.kernels.common.resources import worst
 from rooftune.kernels.common.triton import SHARED_MAX, Launch, Operand, emulated, native, power_of_two
 
 DEVICES = ("cuda", "rocm")
-PRECISIONS = ("fp16", "bf16")
+PRECISIONS = ("bf16", "fp16")
 DELTA_ROWS = 64
 
 
@@ -202,7 +202,7 @@ def _registers(config: Config, problem: Problem) -> bool:
 
 
 def _useful(config: Config, problem: Problem) -> bool:
-    """Not more than half of a block is empty, steps divide their blocks, each warp has rows; small checks are exempt."""
+    """No block is more than half empty, no step longer than its block, each warp has rows; small checks are exempt."""
     if problem["sq"] * problem["sk"] < 2**15:
         return True
     m1, n1, m2, n2 = (config[x] for x in ("block_m1", "block_n1", "block_m2", "block_n2"))

@@ -198,8 +198,8 @@ def _launches(problem: Problem, config: Config) -> tuple[list[Launch], int]:
         constants: dict[str, Any] = {"RMS": rms, "BLOCK_N": config["block_n"], "STAGES": stages}
         rows = Launch(norm_backward_loop, (m,), (out, matrix, matrix, matrix, mean, stat), (n,), constants, options)
         constants = {"RMS": rms, "ROWS": ROWS, "COLUMNS": COLUMNS, "STAGES": SUM_STAGES}
-        operands = (parts, matrix, matrix, mean, stat)
-        columns = Launch(norm_backward_columns, (blocks, count), operands, (m, n), constants, {"num_warps": 8})
+        summed = (parts, matrix, matrix, mean, stat)
+        columns = Launch(norm_backward_columns, (blocks, count), summed, (m, n), constants, {"num_warps": 8})
         launches = [rows, columns]
     else:
         count = min(config["programs"], triton.cdiv(m, config["block_m"]))
