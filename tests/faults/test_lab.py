@@ -159,7 +159,7 @@ def test_an_interrupted_run_says_so_and_keeps_its_file(tmp_path: Path, kernel, s
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = lambda: next(iter((tmp_path / "runs").rglob("*.jsonl")), None)  # noqa: E731
     assert _wait_for(
-        lambda: log() is not None and '"impl": "softmax/mine"' in log().read_text().replace('":"', '": "'), 90.0
+        lambda: log() is not None and '"impl": "softmax/mine"' in log().read_text().replace('":"', '": "'), 240.0
     )
     process.send_signal(signum)
     _, talk = process.communicate(timeout=20)
