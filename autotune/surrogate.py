@@ -138,9 +138,9 @@ def wide(logs: Array) -> Array:
 
 
 def rank(merit: Array) -> Array:
-    """Ranks scaled to [0, 1], best 1."""
+    """Ranks scaled to [0, 1], best 1; rounded, so that the last bits of another BLAS change no order."""
     out = np.empty(len(merit))
-    out[np.argsort(merit, kind="stable")] = np.arange(len(merit))
+    out[np.argsort(np.round(merit, 6), kind="stable")] = np.arange(len(merit))
     return out / max(len(merit) - 1, 1)
 
 

@@ -50,7 +50,7 @@ def trend(features: Features, history: Sequence[Array], ranking: Array | None) -
     None where nothing is known.
     """
     columns = [column for past in history if (column := _slowdown(features, np.asarray(past, dtype=float))) is not None]
-    slopes = [TRUST[0] / len(columns)] * len(columns)
+    slopes = [TRUST[0] / max(len(columns), 1)] * len(columns)
     if ranking is not None and np.isfinite(ranking).any():
         place = np.argsort(np.argsort(np.where(np.isfinite(ranking), ranking, np.inf), kind="stable"), kind="stable")
         columns.append(RANKED * place / max(len(place) - 1, 1))
