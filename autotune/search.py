@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rooftune.autotune.model import Array, Forest, Process, Rows, features, log_improvement
+from rooftune.autotune.features import Array, Features, Rows
+from rooftune.autotune.surrogate import Surrogate, diverse
+from rooftune.autotune.warm import trend
 from rooftune.core import Config, Unavailable, unknown
 
 STARTS = 8  # diverse configs before the model takes over
-REFIT = 2  # steps between fits of the length scales
-GLOBAL, PAIRS = 1000, 600  # candidates a step: random ones, and ones two axes away from the best
-SLOW_HALF = 0.75  # times above this quantile are compressed: how slow a bad config is does not matter
+KNOWN = 4  # configs that what is known beforehand expects to be fastest, before others
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,25 @@ class SearchSpace:
         axes: name -> values.
         index: [configs, axes], the position of each value on its axis.
         start: configs to try first (the default one), most promising first.
+        prior: a time expected of each config, by an analytic model; only the order counts, NaN is unknown.
+        history: of the same kernel on other devices or shapes, [configs] each: best time there / time there,
+            0 if it failed there, NaN if unknown; see `recall`.
     """
 
-    def __init__(self, axes: Mapping[str, Sequence[Any]], index: Rows, start: Sequence[Config] = ()) -> None:
+    def __init__(
+        self,
+        axes: Mapping[str, Sequence[Any]],
+        index: Rows,
+        start: Sequence[Config] = (),
+        prior: Sequence[float] | Array | None = None,
+        history: Sequence[Array] = (),
+    ) -> None:
         self.axes = {name: list(values) for name, values in axes.items()}
         self.index = np.asarray(index, dtype=np.int64).reshape(len(index), len(self.axes))
         self._row = {tuple(line): i for i, line in enumerate(self.index.tolist())}
         self.start = [self.row(config) for config in start]
+        self.prior = None if prior is None else np.asarray(prior, dtype=np.float64)
+        self.history = [np.asarray(past, dtype=np.float64) for past in history]
 
     @classmethod
     def of(
@@ -70,13 +81,24 @@ class SearchSpace:
         """The row of a config; KeyError if it is not valid here."""
         return self._row[tuple(values.index(config[name]) for name, values in self.axes.items())]
 
+    def recall(self, past: Iterable[tuple[Config, float | None]]) -> Array:
+        """A history from (config, time or None if it failed) elsewhere, without configs that are not valid here."""
+        times = np.full(len(self), np.nan)
+        for config, time in past:
+            try:
+                times[self.row(config)] = math.inf if time is None else time
+            except (KeyError, ValueError):  # an axis or a value that this space lacks
+                continue
+        best = np.nanmin(times) if np.isfinite(times).any() else 1.0
+        out: Array = best / times
+        return out
+
     def differs(self, row: int) -> Rows:
         """On how many axes every config differs from one: [configs]."""
         return np.asarray((self.index != self.index[row]).sum(1))
 
 
 Search = Generator[Config, Outcome, None]
-Flags = npt.NDArray[np.bool_]
 
 
 def names() -> dict[str, Callable[[SearchSpace, np.random.Generator], Search]]:
@@ -103,11 +125,12 @@ def replay(
     """Run a search over a recorded table.
 
     Args:
-        space: has `keys`, `values` {key: values} and `idx` [configs, keys].
+        space: has `keys`, `values` {key: values} and `idx` [configs, keys]; may have `history`, as `SearchSpace`.
         evaluate: row -> time, or None if that config failed; may raise to end the search.
         budget: configs to try.
     """
-    known = SearchSpace({key: space.values[key] for key in space.keys}, space.idx)
+    axes = {key: space.values[key] for key in space.keys}
+    known = SearchSpace(axes, space.idx, history=getattr(space, "history", ()))
     steps = find(search)(known, np.random.default_rng(seed))
     try:
         config = next(steps)
@@ -155,40 +178,29 @@ def local(space: SearchSpace, rng: np.random.Generator) -> Search:
 
 
 def surrogate(space: SearchSpace, rng: np.random.Generator) -> Search:
-    """Learn log time from what was tried; try where the expected improvement is largest.
+    """Learn log time from what was tried; try what promises the largest improvement.
 
-    A diverse start, then a Gaussian process and a forest judge candidates: configs one or two axes from the
-    three best, and random ones. Every second step stays one axis from the best. Failed configs lower the
-    chance of those like them.
+    A diverse start, then two Gaussian processes and a forest judge candidates: configs one or two axes from the
+    three best, and random ones. Every second step stays one axis from the best, where all vote; between them
+    the processes take turns to lead. Failed configs lower the chance of those like them. Where something is known
+    beforehand, the configs it expects to be fastest come first, and the diverse ones one by one, every second step:
+    they find out whether it is true here.
     """
-    near, mixed = features(list(space.axes.values()), space.index)
-    model = Process(near.shape[1])
-    forest: Forest | None = None
-    tried: list[int] = []
-    values: list[float] = []
-    free = np.ones(len(space), dtype=bool)
-    planned = _first(space.start, _diverse(near, STARTS, rng))
-    step = 0
-    while free.any():
-        good = np.flatnonzero(np.isfinite(values))
+    features = Features(list(space.axes.values()), space.index)
+    known = trend(features, space.history, space.prior)
+    model = Surrogate(features, space.index, rng, known)
+    starts = diverse(features.spread, STARTS, rng)
+    planned = _first(space.start, starts if known is None else known.firsts[:KNOWN])
+    later = [] if known is None else starts
+    while model.free.any():
+        later = [row for row in later if model.free[row]]
         if planned:
             row = planned.pop(0)
-        elif len(good) < 3:
-            row = int(rng.choice(np.flatnonzero(free)))
+        elif later and len(model.tried) % 2 == 0:
+            row = later.pop(0)
         else:
-            done = np.array(tried)[good]
-            y = _target(np.array(values)[good])
-            model.fit(near[done], y) if step % REFIT == 0 else model.condition(near[done], y)
-            step += 1
-            if forest is None or step % 2 == 0:
-                forest = Forest(mixed[done], y, rng)
-            rows = _candidates(space, done[np.argsort(y, kind="stable")[:3]], free, step % 2 == 0, rng)
-            failed = np.array([r for r, v in zip(tried, values, strict=True) if not math.isfinite(v)], dtype=np.int64)
-            row = int(rows[int(np.argmax(_merit(model, forest, near, mixed, rows, failed, y, step % 2 == 1)))])
-        free[row] = False
-        tried.append(row)
-        value = _value((yield space.config(row)))
-        values.append(math.log(value) if value > 0 else -math.inf)
+            row = model.propose()
+        model.tell(row, _value((yield space.config(row))))
 
 
 def tpe(space: SearchSpace, rng: np.random.Generator) -> Search:
@@ -235,61 +247,3 @@ def _value(outcome: Outcome) -> float:
 def _first(start: Iterable[int], rest: Iterable[Any]) -> list[int]:
     """The start, then the rest, each row once."""
     return list(dict.fromkeys([*start, *(int(r) for r in rest)]))
-
-
-def _target(logs: Array) -> Array:
-    """Log times with the slow ones compressed, standardised."""
-    cap = np.quantile(logs, SLOW_HALF)
-    y = np.where(logs > cap, cap + 0.25 * np.log1p(np.maximum(logs - cap, 0.0)), logs)
-    out: Array = (y - y.mean()) / (y.std() + 1e-9)
-    return out
-
-
-def _diverse(x: Array, count: int, rng: np.random.Generator, pool: int = 400) -> list[int]:
-    """A random config, then always the one farthest (city blocks) from those picked, within a random pool."""
-    drawn = rng.choice(len(x), min(pool, len(x)), replace=False)
-    picked = [int(drawn[0])]
-    gap = np.abs(x[drawn] - x[picked[0]]).sum(1)
-    while len(picked) < min(count, len(drawn)):
-        far = int(gap.argmax())
-        picked.append(int(drawn[far]))
-        gap = np.minimum(gap, np.abs(x[drawn] - x[drawn[far]]).sum(1))
-    return picked
-
-
-def _candidates(space: SearchSpace, best: Rows, free: Flags, close: bool, rng: np.random.Generator) -> Rows:
-    """Rows worth judging; `close` keeps to one axis from the best where something is left there."""
-    if close:
-        rows = np.flatnonzero((space.differs(int(best[0])) == 1) & free)
-        if len(rows):
-            return rows
-    gap = np.min([space.differs(int(row)) for row in best], axis=0)
-    pairs = np.flatnonzero((gap == 2) & free)
-    some = rng.choice(pairs, min(PAIRS, len(pairs)), replace=False)
-    anywhere = rng.choice(len(space), min(GLOBAL, len(space)), replace=False)
-    rows = np.unique(np.concatenate([np.flatnonzero((gap == 1) & free), some, anywhere]))
-    rows = rows[free[rows]]
-    return rows if len(rows) else np.flatnonzero(free)
-
-
-def _rank(merit: Array) -> Array:
-    """Ranks scaled to [0, 1], best 1."""
-    out = np.empty(len(merit))
-    out[np.argsort(merit, kind="stable")] = np.arange(len(merit))
-    return out / max(len(merit) - 1, 1)
-
-
-def _merit(
-    model: Process, forest: Forest, near: Array, mixed: Array, rows: Rows, failed: Rows, y: Array, lead: bool
-) -> Array:
-    """How promising rows are: the process leads with the forest as a quarter vote, or both vote alike."""
-    mean, spread, close = model.predict(near[rows])
-    first = _rank(log_improvement(mean, spread, float(y.min())))
-    votes, doubt = forest.predict(mixed[rows])
-    second = _rank(log_improvement(votes, doubt + 0.05, float(y.min())))
-    merit: Array = first + 0.25 * second if lead else 0.5 * (first + second)
-    if len(failed):
-        works = close.sum(1)
-        odds = (works + 0.3) / (works + model.closeness(near[rows], near[failed]) + 0.3)
-        merit = merit + 0.5 * np.log(odds)
-    return merit

@@ -1,0 +1,156 @@
+"""The learning search: what it believes about configs, and which one it would try next. numpy only."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from rooftune.autotune.features import Array, Features, Rows
+from rooftune.autotune.forest import Forest
+from rooftune.autotune.process import Process, compress, log_improvement
+from rooftune.autotune.warm import Trend
+
+Flags = npt.NDArray[np.bool_]
+
+STEPS = 12  # gradient steps per fit; fits start from the last one, so few are enough
+GLOBAL, PAIRS = 800, 500  # candidates a step: random ones, and ones two axes away from the best
+LEADERS = 3  # the best configs, whose neighbours are candidates
+SLOW = 0.75  # quantile of log times above which they are compressed
+EXPECTED = 200  # candidates a step that a trend expects to be fast
+VOTE = 0.25  # of the forest, where the process leads
+DOUBT = 0.05  # least deviation of the forest: its trees agree too easily
+FAILED = 0.5, 0.3  # weight of the odds that a config works; how many configs' worth of hope each starts with
+
+
+class Surrogate:
+    """Learns from outcomes, proposes rows.
+
+    Args:
+        features: of the space.
+        index: [configs, axes], to tell neighbours.
+        rng: the only source of chance.
+        trend: what is known beforehand.
+    """
+
+    def __init__(self, features: Features, index: Rows, rng: np.random.Generator, trend: Trend | None = None) -> None:
+        self._features, self._index, self._rng, self._trend = features, index, rng, trend
+        slope = None if trend is None else trend.slope
+        self._processes = [Process(features, joint, slope) for joint in (False, True)]
+        self._units = [(0.0, 1.0), (0.0, 1.0)]  # middle and deviation of the targets of each
+        self._mixed = features.mixed if trend is None else np.hstack([features.mixed, trend.columns])
+        self._expected = np.argsort(np.zeros(0) if trend is None else trend.mean, kind="stable")
+        self._forest: Forest | None = None
+        self._step = 0
+        self.tried: list[int] = []
+        self.logs: list[float] = []
+        self.free = np.ones(len(index), dtype=bool)
+
+    def tell(self, row: int, value: float) -> None:
+        """Take in what a row took; infinite if it failed."""
+        self.free[row] = False
+        self.tried.append(row)
+        self.logs.append(math.log(value) if value > 0 else -math.inf)
+
+    def propose(self) -> int:
+        """The row to try next."""
+        logs, tried = np.array(self.logs), np.array(self.tried, dtype=np.int64)
+        works = np.isfinite(logs)
+        if works.sum() < 3:
+            expected = self._expected[self.free[self._expected]]
+            return int(expected[0] if len(expected) else self._rng.choice(np.flatnonzero(self.free)))
+        done, failed = tried[works], tried[~works]
+        targets = [self._standard(i, warp(logs[works])) for i, warp in enumerate((steep, wide))]
+        self._step += 1
+        self._learn(done, targets)
+        close = self._step % 2 == 0
+        rows = self._candidates(done[np.argsort(logs[works], kind="stable")[:LEADERS]], close)
+        bests = [float(y.min()) for y in targets]
+        return int(rows[int(np.argmax(self._merit(rows, failed, bests, [0, 1] if close else [self._step // 2 % 2])))])
+
+    def _standard(self, which: int, y: Array) -> Array:
+        self._units[which] = float(y.mean()), float(y.std()) + 1e-9
+        out: Array = (y - y.mean()) / self._units[which][1]
+        return out
+
+    def _learn(self, done: Rows, targets: list[Array]) -> None:
+        every = 2 if len(done) < 50 else 4 if len(done) < 100 else 8  # the cost of a fit grows faster than its use
+        at = self._features.at[done]
+        for i, (process, y) in enumerate(zip(self._processes, targets, strict=True)):
+            if (self._step + i) % every == 1 or self._step == 1:
+                process.fit(at, y, STEPS, self._trends(i, done))
+            else:
+                process.condition(at, y, self._trends(i, done))
+        if self._forest is None or self._step % 2 == 1:
+            self._forest = Forest(self._mixed[done], targets[0], self._rng)
+
+    def _trends(self, which: int, rows: Rows) -> Array | None:
+        """What is known beforehand of rows, in the units of the targets of a process."""
+        middle, deviation = self._units[which]
+        return None if self._trend is None else (self._trend.columns[rows] - middle) / deviation
+
+    def _differs(self, row: int) -> Rows:
+        return np.asarray((self._index != self._index[row]).sum(1))
+
+    def _candidates(self, best: Rows, close: bool) -> Rows:
+        """Rows worth judging; `close` keeps to one axis from the best where something is left there."""
+        gaps = [self._differs(int(row)) for row in best]
+        rows = np.flatnonzero((gaps[0] == 1) & self.free)
+        if close and len(rows):
+            return rows
+        gap = np.min(gaps, axis=0)
+        pairs = np.flatnonzero((gap == 2) & self.free)
+        some = self._rng.choice(pairs, min(PAIRS, len(pairs)), replace=False)
+        anywhere = self._rng.choice(len(gap), min(GLOBAL, len(gap)), replace=False)
+        expected = self._expected[self.free[self._expected]][:EXPECTED]
+        rows = np.unique(np.concatenate([np.flatnonzero((gap == 1) & self.free), some, anywhere, expected]))
+        rows = rows[self.free[rows]]
+        return rows if len(rows) else np.flatnonzero(self.free)
+
+    def _merit(self, rows: Rows, failed: Rows, bests: list[float], judges: list[int]) -> Array:
+        """How promising rows are: one process leads with the forest as a quarter vote, or all vote alike."""
+        assert self._forest is not None
+        at = self._features.at
+        votes, doubt = self._forest.predict(self._mixed[rows])
+        merit: Array = rank(log_improvement(votes, doubt + DOUBT, bests[0])) * (VOTE if len(judges) == 1 else 1.0)
+        for i in judges:
+            mean, deviation, close = self._processes[i].predict(at[rows], self._trends(i, rows))
+            merit = merit + rank(log_improvement(mean, deviation, bests[i]))
+        merit = merit / len(judges)
+        if len(failed):
+            weight, hope = FAILED
+            works = close.sum(1) + hope
+            fails = self._processes[judges[-1]].closeness(at[rows], at[failed]).sum(1)
+            merit = merit + weight * np.log(works / (works + fails))
+        return merit
+
+
+def steep(logs: Array) -> Array:
+    """Log slow-downs that resolve the fast end best: for moves near the best."""
+    return compress(logs - logs.min())
+
+
+def wide(logs: Array) -> Array:
+    """Log times, the slowest quarter compressed: for seeing other regions as they are."""
+    cap = np.quantile(logs, SLOW)
+    return np.where(logs > cap, cap + 0.25 * np.log1p(np.maximum(logs - cap, 0.0)), logs)
+
+
+def rank(merit: Array) -> Array:
+    """Ranks scaled to [0, 1], best 1; rounded, so that the last bits of another BLAS change no order."""
+    out = np.empty(len(merit))
+    out[np.argsort(np.round(merit, 6), kind="stable")] = np.arange(len(merit))
+    return out / max(len(merit) - 1, 1)
+
+
+def diverse(x: Array, count: int, rng: np.random.Generator, pool: int = 400) -> list[int]:
+    """A random config, then always the one farthest (city blocks) from those picked, within a random pool."""
+    drawn = rng.choice(len(x), min(pool, len(x)), replace=False)
+    picked = [int(drawn[0])]
+    gap = np.abs(x[drawn] - x[picked[0]]).sum(1)
+    while len(picked) < min(count, len(drawn)):
+        far = int(gap.argmax())
+        picked.append(int(drawn[far]))
+        gap = np.minimum(gap, np.abs(x[drawn] - x[drawn[far]]).sum(1))
+    return picked
