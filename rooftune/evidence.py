@@ -61,6 +61,9 @@ class Standing:
 def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict[str, Standing]:
     """The standing of each competitor: from stored runs (newest first, then the committed ones), and from what
     `static` has compiled of today's source. Today's source always goes before an older one."""
+    asked = list(impls)
+    if not asked:
+        return {}
     found: dict[str, dict[str, dict[Evidence, str]]] = {}  # competitor -> source -> kind -> device
     paths = [*store.list_runs(), *store.list_runs(store.REFERENCE)] if runs is None else list(runs)
     left = READ_BYTES
@@ -72,7 +75,7 @@ def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict
             if line.get("kind") in ("result", "static") and line.get("status") == Status.OK and line.get("source_hash"):
                 kinds = found.setdefault(str(line.get("impl")), {}).setdefault(str(line["source_hash"]), {})
                 kinds.setdefault(Evidence(line["evidence"]), str((line.get("device") or {}).get("name") or ""))
-    return {impl.key: _standing(impl, found.get(impl.key, {})) for impl in impls}
+    return {impl.key: _standing(impl, found.get(impl.key, {})) for impl in asked}
 
 
 def _standing(impl: Impl, sources: dict[str, dict[Evidence, str]]) -> Standing:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from rooftune import evidence, race, registry
+from rooftune import evidence, race, registry, static
 from rooftune.autotune import ranking
 from rooftune.commands.campaign_tune import best_config
 from rooftune.commands.campaign_work import Campaign
@@ -162,7 +162,8 @@ def _favourites(work: Campaign, problem: Problem, impls: Sequence[Impl]) -> list
             space = work.session.lab.space(impl, problem)
         except UsageError:
             continue  # the race says what is wrong with it
-        scores = ranking.prior(impl, problem, space["configs"], work.gpu)
+        compiled = static.known(impl, problem, space["configs"], work.gpu.arch)
+        scores = ranking.prior(impl, problem, space["configs"], work.gpu, compiled)
         if scores is not None:
             order = sorted(range(len(scores)), key=scores.__getitem__)
             best = [space["configs"][n] for n in order[: FAVOURITES + 1] if space["configs"][n] != space["default"]]

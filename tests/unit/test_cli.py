@@ -26,7 +26,7 @@ BAD = {
     "unknown competitor": (["run", "softmax", "--only", "trton"], "unknown competitor 'trton'; known: cupy"),
     "unknown precision": (["run", "softmax", "--precision", "fp12"], "unknown precision 'fp12'; known: bf16"),
     "precision the op lacks": (["run", "softmax[m=4,n=4,int8]"], "unknown precision of softmax 'int8'"),
-    "unknown suite": (["run", "softmax", "--suite", "larg"], "unknown suite 'larg'; known: ci, fa"),
+    "unknown suite": (["run", "softmax", "--suite", "larg"], "unknown suite 'larg'; known: campaign, ci"),
     "unknown device": (["run", "softmax", "--device", "tpu"], "tpu"),
     "absent device": (["run", "softmax", "--device", "rocm"], "no ROCm device"),
     "zero": (["run", "softmax[m=0,n=4]"], "m in 'softmax[m=0,n=4]' must be positive"),
