@@ -125,6 +125,9 @@ def test_rows_are_ordered_by_bytes_vector_width_and_waste() -> None:
     assert whole == pytest.approx(2 * half, rel=0.1)
     kept, again = seconds("softmax/cupy", problem, {}, {"threads_per_row": 32})  # 128 values a thread: read twice
     assert kept < again
+    long = seconds("softmax/cupy", "softmax[m=2048,n=262144,bf16]", *({"threads_per_row": t, "num_threads": max(t, 128)}
+                   for t in (1024, 256, 8)))  # fmt: skip
+    assert long == sorted(long)  # eight threads walk a row of 262,144 in 4,096 steps
     idle = seconds("softmax/cupy", "softmax[m=32768,n=256,bf16]", {"threads_per_row": 32}, {"num_threads": 1024})
     assert idle[0] < idle[1]
     floor = registry.op("softmax").bytes(registry.problem(problem)) / H200.copy_rate
