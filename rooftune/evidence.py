@@ -45,17 +45,20 @@ class Standing:
         """Ran natively, from today's source."""
         return Evidence.MEASURED in self.kinds and not self.stale
 
-    def __str__(self) -> str:
+    @property
+    def said(self) -> str:
+        """In words, without the source."""
         if not self.kinds:
             return "nothing on record"
+        stale = "STALE: " if self.stale else ""
         if self.kinds[0] == Evidence.MEASURED:
-            said = f"measured on {self.device or 'an unnamed device'}"
-        else:
-            never = "not run on hardware since it changed" if self.ever else "never run on hardware"
-            said = f"{' and '.join(self.kinds)}, {never}"
-        return (
-            f"{'STALE: ' if self.stale else ''}{said} ({'older ' if self.stale else ''}source {self.source_hash[:8]})"
-        )
+            return f"{stale}measured on {self.device or 'an unnamed device'}"
+        never = "not run on hardware since it changed" if self.ever else "never run on hardware"
+        return f"{stale}{' and '.join(self.kinds)}, {never}"
+
+    def __str__(self) -> str:
+        source = f" ({'older ' if self.stale else ''}source {self.source_hash[:8]})"
+        return self.said + (source if self.kinds else "")
 
 
 def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict[str, Standing]:

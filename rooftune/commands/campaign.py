@@ -90,7 +90,8 @@ def _phases(work: Campaign, say: Callable[[str], None]) -> None:
         if phase == "energy":
             sensor = sensors.find_sensor(work.session.device)
             if isinstance(sensor, Energy):
-                work.home.finish("energy", phase, "unavailable", reason=sensor.reason)
+                if not work.home.done(phase):
+                    work.home.finish(phase, phase, "unavailable", reason=sensor.reason)
                 say(f"energy: unavailable({sensor.reason})")
                 continue
         say(f"{work.plan.spent():4.0f} s  {phase}: up to {seconds:.0f} s")

@@ -296,8 +296,7 @@ def test_killed_resumed_and_finished(kernel, tmp_path: Path) -> None:  # type: i
 
     assert main(asked) == ExitCode.OK
     fresh = lines(folder)[len(after) :]
-    assert [line["kind"] for line in fresh if line["kind"] in ("result", "ceilings")] == []
-    assert {line["phase"] for line in fresh if line["kind"] == "step"} <= {"energy"}
+    assert [line["kind"] for line in fresh] == ["session"]
 
 
 class FakeTuned:

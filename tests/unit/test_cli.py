@@ -146,5 +146,5 @@ def _cpu_s(*arguments: str) -> float:
 def test_the_overview_names_what_is_missing_and_what_to_do_next() -> None:
     done = bench()
     assert done.returncode == ExitCode.OK
-    for words in ("softmax", "numba", "triton", "suites: ci", "next: python bench.py run"):
+    for words in ("softmax", "numba", "triton", "suites: campaign, ci", "next: python bench.py run"):
         assert words in done.stdout
