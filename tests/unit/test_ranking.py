@@ -155,6 +155,9 @@ def test_a_device_is_described_by_its_datasheet_and_better_by_its_ceilings() -> 
     assert (measured.copy_rate, measured.clock_hz) == (4300e9, 1980e6)
     assert Gpu.of({"kind": "cpu", "name": "x"}) is None
     assert Gpu.of(sheet | {"name": "NVIDIA Unknown"}) is None
+    assert Gpu.of(sheet | {"compute_capability": "7.5"}) is None
+    assert Gpu.of(sheet | {"compute_capability": "19.0"}) is None
+    assert Gpu.of(sheet | {"compute_capability": None}) is None
     with pytest.raises(UsageError, match="no datasheet"):
         Gpu.named("Voodoo 2")
 
