@@ -18,6 +18,7 @@ from rooftune.autotune.ranking_parts import Traits
 from rooftune.autotune.ranking_rows import rows
 from rooftune.core import Config, Op, Problem, Resources, UsageError
 from rooftune.datasheet import promised
+from rooftune.occupancy import MULTIPROCESSORS
 from rooftune.registry import Impl
 
 # Product -> architecture, multiprocessors, boost clock in GHz, L2 in MB. Clocks are those at which the datasheet's
@@ -67,7 +68,7 @@ class Gpu:
     @classmethod
     def of(cls, fingerprint: Mapping[str, Any], ceilings: Mapping[str, Any] | None = None) -> Gpu | None:
         """The device of a fingerprint, with measured ceilings in place of promised ones; None if it is no CUDA
-        device of compute capability 8.0 or newer, or neither says how fast it is."""
+        device of a compute capability we know, or neither says how fast it is."""
         if fingerprint.get("kind") != "cuda":
             return None
         try:
@@ -87,7 +88,8 @@ class Gpu:
         count = fingerprint.get("multiprocessors") or (base.multiprocessors if base else 0)
         clock = float(fingerprint.get("max_sm_clock_mhz") or 0) * 1e6 or (base.clock_hz if base else 0.0)
         l2 = float(fingerprint.get("l2_bytes") or 0) or (base.l2_bytes if base else 0.0)
-        if int(major) < 8 or not (count and clock and l2 and copy and rates):
+        known = int(f"{major}{minor}" or 0) in MULTIPROCESSORS
+        if not (known and count and clock and l2 and copy and rates):
             return None
         return cls(str(fingerprint.get("name")), arch, int(count), clock, l2, copy, rates)
 

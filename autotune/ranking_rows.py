@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Rows:
     """How a kernel deals rows out: threads of a block, rows in it, bytes a load, values a thread, and whether the
-    row stays in registers (else it is read twice)."""
+    row stays in registers (else it is read twice, in `steps` each time)."""
 
     threads: int
     rows: int
     vector_bytes: int
     values: float
     kept: bool
+    steps: int
     padding: float = 1.0  # lanes at work / values there are
 
 
@@ -43,19 +44,21 @@ def _deal(problem: Problem, config: Config) -> _Rows | None:
         threads, per_row = int(config["num_threads"]), int(config["threads_per_row"])
         vector = min(int(config.get("vec", 16 // size)) * size, aligned)
         values = ceil(n * size, per_row * vector) * vector // size
-        return _Rows(threads, max(1, threads // per_row), vector, values, values <= min(64, 65536 // threads - 32))
+        kept, steps = values <= min(64, 65536 // threads - 32), values * size // vector
+        return _Rows(threads, max(1, threads // per_row), vector, values, kept, steps)
     if "block_rows" in config and "num_warps" in config:  # Numba-CUDA
         rows, per_row = int(config["block_rows"]), 32 * int(config["num_warps"])
         vector = 16 if aligned == 16 else size
         values = ceil(n * size, per_row * vector) * vector // size
-        return _Rows(rows * per_row, rows, vector, values, values <= (64 if rows * per_row <= 512 else 32))
+        kept, steps = values <= (64 if rows * per_row <= 512 else 32), values * size // vector
+        return _Rows(rows * per_row, rows, vector, values, kept, steps)
     if {"block_m", "block_n", "num_warps"} <= set(config):  # Triton: a power of two of columns
         threads, whole = 32 * int(config["num_warps"]), not config["block_n"]
         columns = 2 ** math.ceil(math.log2(max(n, 16))) if whole else int(config["block_n"])
         values = config["block_m"] * columns / threads
         vector = int(min(aligned, max(size, values * size)))
         padding = columns / n if whole else ceil(n, columns) * columns / n
-        return _Rows(threads, int(config["block_m"]), vector, values, whole, padding)
+        return _Rows(threads, int(config["block_m"]), vector, values, whole, ceil(n, columns), padding)
     return None
 
 
@@ -83,7 +86,7 @@ def rows(
     issue_s = moved / size * deal.padding / (32 * deal.vector_bytes / size) / warp_rate
     work_s = op.flops(problem) * 2 * deal.padding / (FMA_RATE * gpu.multiprocessors * gpu.clock_hz)
     warps_a_row = max(1, deal.threads // deal.rows // 32)
-    steps = 2 * problem["n"] * deal.rows / (deal.threads * deal.values) / min(stages_of(config), 4)
+    steps = 2 * deal.steps / max(2, min(stages_of(config), 4))  # both passes; compilers keep two loads under way
     chain_s = (2 if deal.kept else max(2.0, steps)) * LATENCY_S + (
         300 + (150 if warps_a_row > 1 else 0) + 10 * warps_a_row
     ) / gpu.clock_hz

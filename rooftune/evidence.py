@@ -45,22 +45,28 @@ class Standing:
         """Ran natively, from today's source."""
         return Evidence.MEASURED in self.kinds and not self.stale
 
-    def __str__(self) -> str:
+    @property
+    def said(self) -> str:
+        """In words, without the source."""
         if not self.kinds:
             return "nothing on record"
+        stale = "STALE: " if self.stale else ""
         if self.kinds[0] == Evidence.MEASURED:
-            said = f"measured on {self.device or 'an unnamed device'}"
-        else:
-            never = "not run on hardware since it changed" if self.ever else "never run on hardware"
-            said = f"{' and '.join(self.kinds)}, {never}"
-        return (
-            f"{'STALE: ' if self.stale else ''}{said} ({'older ' if self.stale else ''}source {self.source_hash[:8]})"
-        )
+            return f"{stale}measured on {self.device or 'an unnamed device'}"
+        never = "not run on hardware since it changed" if self.ever else "never run on hardware"
+        return f"{stale}{' and '.join(self.kinds)}, {never}"
+
+    def __str__(self) -> str:
+        source = f" ({'older ' if self.stale else ''}source {self.source_hash[:8]})"
+        return self.said + (source if self.kinds else "")
 
 
 def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict[str, Standing]:
     """The standing of each competitor: from stored runs (newest first, then the committed ones), and from what
     `static` has compiled of today's source. Today's source always goes before an older one."""
+    asked = list(impls)
+    if not asked:
+        return {}
     found: dict[str, dict[str, dict[Evidence, str]]] = {}  # competitor -> source -> kind -> device
     paths = [*store.list_runs(), *store.list_runs(store.REFERENCE)] if runs is None else list(runs)
     left = READ_BYTES
@@ -72,7 +78,7 @@ def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict
             if line.get("kind") in ("result", "static") and line.get("status") == Status.OK and line.get("source_hash"):
                 kinds = found.setdefault(str(line.get("impl")), {}).setdefault(str(line["source_hash"]), {})
                 kinds.setdefault(Evidence(line["evidence"]), str((line.get("device") or {}).get("name") or ""))
-    return {impl.key: _standing(impl, found.get(impl.key, {})) for impl in impls}
+    return {impl.key: _standing(impl, found.get(impl.key, {})) for impl in asked}
 
 
 def _standing(impl: Impl, sources: dict[str, dict[Evidence, str]]) -> Standing:

@@ -13,13 +13,13 @@ import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rooftune import registry
-from rooftune.core import Config, Evidence, Problem, Status, UsageError
+from rooftune.core import Config, Evidence, Problem, Resources, Status, UsageError
 from rooftune.evidence import COMPILE_S
 from rooftune.lab import Lab
 from rooftune.occupancy import multiprocessor, occupancy
@@ -114,8 +114,23 @@ def compile_rows(lab: Lab, jobs: Sequence[Job], event: Event = lambda kind, text
     return [done[number] for number in range(len(jobs))]
 
 
+def known(impl: Impl, problem: Problem, configs: Sequence[Config], arch: str) -> dict[int, Resources]:
+    """What was compiled of these configs already, by their number; compiles nothing."""
+    kept, names = Cache(impl), {f.name for f in fields(Resources)}
+    found: dict[int, Resources] = {}
+    for number, config in enumerate(configs):
+        seen = kept.get(_key(problem, config, arch))
+        if seen is not None and seen["status"] == Status.OK:
+            found[number] = Resources(**{n: v for n, v in seen.items() if n in names})
+    return found
+
+
+def _key(problem: Problem, config: Config, arch: str) -> str:
+    return _digest(str(problem), json.dumps(config, sort_keys=True), arch)
+
+
 def _row(lab: Lab, job: Job, kept: Cache) -> Row:
-    key = _digest(str(job.problem), json.dumps(job.config, sort_keys=True), job.arch)
+    key = _key(job.problem, job.config, job.arch)
     found = kept.get(key)
     if found is None:
         if job.impl.missing:

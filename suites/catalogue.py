@@ -50,6 +50,20 @@ def summary(suite: str) -> str:
     return _read(_path(suite))[1]
 
 
+def operators(suite: str, device_kind: str) -> list[str]:
+    """The operators that a suite has problems of, in its order.
+
+    Raises:
+        UsageError: there is no such suite.
+    """
+    return list(_listed(suite, device_kind))
+
+
+def _listed(suite: str, device_kind: str) -> dict[str, tuple[str, ...]]:
+    lists = _read(_path(suite))[0]
+    return lists.get(device_kind, lists.get("cuda" if device_kind != "cpu" else "cpu", {}))
+
+
 def _path(suite: str) -> Path:
     if suite not in names():
         raise unknown("suite", suite, names(), f"a suite is a file in {HERE.name}/")
@@ -67,8 +81,7 @@ def problems(suite: str, ops: Sequence[str], precisions: Sequence[str], device_k
     for name in precisions:
         if name not in PRECISIONS:
             raise unknown("precision", name, list(PRECISIONS))
-    lists = _read(_path(suite))[0]
-    listed = lists.get(device_kind, lists.get("cuda" if device_kind != "cpu" else "cpu", {}))
+    listed = _listed(suite, device_kind)
     found: dict[Problem, None] = {}
     for name in ops:
         op = registry.op(name)

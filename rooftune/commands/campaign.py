@@ -90,7 +90,8 @@ def _phases(work: Campaign, say: Callable[[str], None]) -> None:
         if phase == "energy":
             sensor = sensors.find_sensor(work.session.device)
             if isinstance(sensor, Energy):
-                work.home.finish("energy", phase, "unavailable", reason=sensor.reason)
+                if not work.home.done(phase):
+                    work.home.finish(phase, phase, "unavailable", reason=sensor.reason)
                 say(f"energy: unavailable({sensor.reason})")
                 continue
         say(f"{work.plan.spent():4.0f} s  {phase}: up to {seconds:.0f} s")
@@ -111,7 +112,7 @@ def _problems(chosen: argparse.Namespace, kind: str, loaded: Sequence[Impl]) -> 
         UsageError: unknown names, or nothing to do.
     """
     texts = [w for w in chosen.what if "[" in w]
-    ops = [w for w in chosen.what if "[" not in w] or ([] if texts else _ops(loaded))
+    ops = [w for w in chosen.what if "[" not in w] or ([] if texts else _ops(loaded, kind))
     found = [registry.problem(text) for text in texts]
     for name in ops:
         registry.op(name)
@@ -124,11 +125,11 @@ def _problems(chosen: argparse.Namespace, kind: str, loaded: Sequence[Impl]) -> 
     return list(dict.fromkeys(found))
 
 
-def _ops(loaded: Sequence[Impl]) -> list[str]:
-    """The operators in the suite's order, then those it does not name."""
+def _ops(loaded: Sequence[Impl], kind: str) -> list[str]:
+    """Those of the loaded files; else the suite's in its order, then those it does not name."""
     if loaded:
         return sorted({impl.op for impl in loaded})
-    named = [op for op in ("gemm", "attention", "softmax", "layernorm") if op in registry.op_names()]
+    named = [op for op in catalogue.operators("campaign", kind) if op in registry.op_names()]
     return [*named, *(op for op in registry.op_names() if op not in named)]
 
 

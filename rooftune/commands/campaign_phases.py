@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from rooftune import evidence, race, registry
+from rooftune import evidence, race, registry, static
 from rooftune.autotune import ranking
 from rooftune.commands.campaign_tune import best_config
 from rooftune.commands.campaign_work import Campaign
@@ -22,6 +23,7 @@ from rooftune.session import COPIES
 
 RACE_ROUNDS, FINAL_ROUNDS = 6, 12
 FAVOURITES = 2  # configs of the analytic model that race beside a default
+RANKED = 4000  # configs that it looks at: half a second
 AUTOTUNED = {"mode": "max-autotune-no-cudagraphs"}  # torch.compile's slow mode is an entrant of its own on a GPU
 
 
@@ -162,10 +164,14 @@ def _favourites(work: Campaign, problem: Problem, impls: Sequence[Impl]) -> list
             space = work.session.lab.space(impl, problem)
         except UsageError:
             continue  # the race says what is wrong with it
-        scores = ranking.prior(impl, problem, space["configs"], work.gpu)
+        configs = space["configs"]
+        if len(configs) > RANKED:
+            configs = random.Random(work.seed).sample(configs, RANKED)
+        compiled = static.known(impl, problem, configs, work.gpu.arch)
+        scores = ranking.prior(impl, problem, configs, work.gpu, compiled)
         if scores is not None:
             order = sorted(range(len(scores)), key=scores.__getitem__)
-            best = [space["configs"][n] for n in order[: FAVOURITES + 1] if space["configs"][n] != space["default"]]
+            best = [configs[n] for n in order[: FAVOURITES + 1] if configs[n] != space["default"]]
             found += [race.Entrant(impl, config, False) for config in best[:FAVOURITES]]
     return found
 

@@ -69,16 +69,15 @@ class Campaign:
         ]
 
     def latest(self, problem: Problem) -> list[Record]:
-        """Today's sources in the last final race of a problem, or in its last first race."""
+        """Today's sources in the last final race of a problem; in its first race where nothing was timed in that."""
         mine = [r for r in self.home.records if r.problem == str(problem) and r.source_hash == self.sources.get(r.impl)]
+        found: list[Record] = []
         for phase in ("final", "race"):
-            newest: dict[str, Record] = {}
-            for record in mine:
-                if record.regime.get("phase") == phase:
-                    newest[f"{record.impl} {record.config}"] = record
-            if newest:
+            newest = {f"{r.impl} {r.config}": r for r in mine if r.regime.get("phase") == phase}
+            found = found or list(newest.values())
+            if any(r.time_s is not None for r in newest.values()):
                 return list(newest.values())
-        return []
+        return found
 
     def is_torch(self, key: str) -> bool:
         """Whether a competitor is a baseline, or torch's own compiler."""

@@ -36,7 +36,7 @@ def overview(chosen: argparse.Namespace) -> ExitCode:
         out.print(f"no {kind}: {why}", style="dim")
     out.print()
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("operator", "competitor", "precisions", "here", "best evidence on record", "what it is"):
+    for column in ("operator", "competitor", "precisions", "here", "best evidence on record", "source", "what it is"):
         table.add_column(column, overflow="fold")
     every = [impl for name in registry.op_names() for impl in registry.impls(name)]
     standing = evidence.on_record(every)
@@ -54,8 +54,9 @@ def overview(chosen: argparse.Namespace) -> ExitCode:
             if impl.missing:
                 here = impl.missing
                 missing.update(p for p in impl.requires if p in impl.missing)
-            known = str(standing[impl.key])
-            table.add_row(name if first else "", impl.name, " ".join(impl.precisions), here, known, impl.summary)
+            known = standing[impl.key]
+            row = (name if first else "", impl.name, " ".join(impl.precisions), here, known.said)
+            table.add_row(*row, known.source_hash[:8], impl.summary, style="yellow" if known.stale else None)
             first = False
     out.print(table)
     out.print(f"\nsuites: {', '.join(catalogue.names())}")

@@ -125,6 +125,9 @@ def test_rows_are_ordered_by_bytes_vector_width_and_waste() -> None:
     assert whole == pytest.approx(2 * half, rel=0.1)
     kept, again = seconds("softmax/cupy", problem, {}, {"threads_per_row": 32})  # 128 values a thread: read twice
     assert kept < again
+    long = seconds("softmax/cupy", "softmax[m=2048,n=262144,bf16]", *({"threads_per_row": t, "num_threads": max(t, 128)}
+                   for t in (1024, 256, 8)))  # fmt: skip
+    assert long == sorted(long)  # eight threads walk a row of 262,144 in 4,096 steps
     idle = seconds("softmax/cupy", "softmax[m=32768,n=256,bf16]", {"threads_per_row": 32}, {"num_threads": 1024})
     assert idle[0] < idle[1]
     floor = registry.op("softmax").bytes(registry.problem(problem)) / H200.copy_rate
@@ -152,6 +155,9 @@ def test_a_device_is_described_by_its_datasheet_and_better_by_its_ceilings() -> 
     assert (measured.copy_rate, measured.clock_hz) == (4300e9, 1980e6)
     assert Gpu.of({"kind": "cpu", "name": "x"}) is None
     assert Gpu.of(sheet | {"name": "NVIDIA Unknown"}) is None
+    assert Gpu.of(sheet | {"compute_capability": "7.5"}) is None
+    assert Gpu.of(sheet | {"compute_capability": "19.0"}) is None
+    assert Gpu.of(sheet | {"compute_capability": None}) is None
     with pytest.raises(UsageError, match="no datasheet"):
         Gpu.named("Voodoo 2")
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from rooftune import registry
+from rooftune import static as compiling
 from rooftune.bench import main
 from rooftune.core import ExitCode, UsageError
 from rooftune.results import static, store
@@ -83,6 +85,17 @@ def test_a_second_run_compiles_nothing_until_the_source_changes(file: Path, caps
     file.write_text(KERNEL.replace("= 64, 0", "= 80, 0"))
     _, rows = rows_of(capsys, "--load", str(file), "--arch", "sm_90a")
     assert (compiled(file), rows[0]["registers"]) == (4, 80)
+
+
+def test_what_was_compiled_is_known_to_the_analytic_model(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    impl, problem = registry.user_impl(file), registry.problem("softmax[m=8192,n=4096,bf16]")
+    configs = [{"block_n": 64}, {"block_n": 128}]
+    assert compiling.known(impl, problem, configs, "sm_90a") == {}
+    rows_of(capsys, "--load", str(file), "--arch", "sm_90a,sm_80")
+    found = compiling.known(impl, problem, configs, "sm_90a")
+    assert found.keys() == {1}
+    assert (found[1].registers, found[1].threads, list(found[1].tensor_core)) == (64, 256, ["HMMA.16816.F32.BF16"])
+    assert compiling.known(impl, problem, configs, "sm_80") == {}  # refused there: nothing to know
 
 
 CHANGES = {
