@@ -211,12 +211,14 @@ def _readme(table: dict[str, Any], name: str, device: devices.Device) -> str:
             "baseline" if entry["ratio_to_torch"] is None else f"{entry['ratio_to_torch']:.2f} [{low:.2f}, {high:.2f}]"
         )
         rows.append(f"| `{problem}` | {entry['impl']} | `{canonical(entry['config'])}` | {gain} |")
-    example = next(iter(table["operators"]))
+    op, about = next(iter(table["operators"].items()))
+    form = about["forms"][0]
+    names = [*"abcdefgh"[: len(form["inputs"])], *(f"{k}={True if v == '1' else v!r}" for k, v in form["flags"].items())]
     return (
         f"# {name}\n\nKernels that won on {device.name} ({day}). They need torch and the packages in `table.json`, "
-        f"nothing else.\n\n```python\nimport {name}\n\ny = {name}.{example}(x)\n```\n\n"
+        f"nothing else.\n\n```python\nimport {name}\n\ny = {name}.{op}({', '.join(names)})\n```\n\n"
         "A kernel runs for exactly the problem it won, on a device of that name, with the packages it was built with; "
-        f"anything else runs torch's own call. `{name}.best(op, x).why` says which and why.\n\n"
+        f"anything else runs torch's own call. `{name}.best("{op}", ...).why` says which and why.\n\n"
         "| problem | kernel | config | best torch call's time over its own [95 % interval] |\n|---|---|---|---|\n"
         + "\n".join(rows)
         + "\n"
