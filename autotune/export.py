@@ -213,12 +213,13 @@ def _readme(table: dict[str, Any], name: str, device: devices.Device) -> str:
         rows.append(f"| `{problem}` | {entry['impl']} | `{canonical(entry['config'])}` | {gain} |")
     op, about = next(iter(table["operators"].items()))
     form = about["forms"][0]
-    names = [*"abcdefgh"[: len(form["inputs"])], *(f"{k}={True if v == '1' else v!r}" for k, v in form["flags"].items())]
+    flags = [f"{flag}={True if value == '1' else repr(value)}" for flag, value in form["flags"].items()]
+    example = f"{name}.{op}({', '.join([*'abcdefgh'[: len(form['inputs'])], *flags])})"
     return (
         f"# {name}\n\nKernels that won on {device.name} ({day}). They need torch and the packages in `table.json`, "
-        f"nothing else.\n\n```python\nimport {name}\n\ny = {name}.{op}({', '.join(names)})\n```\n\n"
+        f"nothing else.\n\n```python\nimport {name}\n\nout = {example}\n```\n\n"
         "A kernel runs for exactly the problem it won, on a device of that name, with the packages it was built with; "
-        f"anything else runs torch's own call. `{name}.best("{op}", ...).why` says which and why.\n\n"
+        f"anything else runs torch's own call. `{name}.best('{op}', ...).why` says which and why.\n\n"
         "| problem | kernel | config | best torch call's time over its own [95 % interval] |\n|---|---|---|---|\n"
         + "\n".join(rows)
         + "\n"

@@ -105,6 +105,7 @@ def test_the_package_computes_the_same_without_rooftune(tmp_path: Path) -> None:
     assert "from rooftune" not in text
     assert "import rooftune" not in text
     assert "| `softmax[m=8,n=64,fp32]` | softmax/numba |" in (tmp_path / "out" / "README.md").read_text()
+    assert "out = tuned_kernels.softmax(a)" in (tmp_path / "out" / "README.md").read_text()
     entry = json.loads((target / "table.json").read_text())["winners"]["softmax[m=8,n=64,fp32]"]
     assert entry["source_hash"] == registry.impl("softmax/numba").source_hash
     assert entry["ratio_ci"] == [1.4, 1.6]
