@@ -170,6 +170,9 @@ def _neighbours(
     table = Table()
     for (impl, precision, _), numbers in groups.items():
         if len(numbers) < nearest.LEAST:
+            if len(numbers) > 1:
+                text = f"\n{impl.key} {precision}: a rule for shapes in between needs {nearest.LEAST} tuned together"
+                console.print(text, style="dim", markup=False)
             continue
         winners = [found[n].config for n in numbers]
         for number in numbers:

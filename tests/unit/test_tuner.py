@@ -375,7 +375,7 @@ SPACE = Space(axes={"naps": (0, 4), "mode": ("right", "wrong", "crash")}, defaul
               where=(lambda c, p: c["mode"] == "right" or c["naps"] == 0,))
 def build(problem, config):
     def run(out, x):
-        time.sleep(5e-4 * config["naps"])
+        time.sleep(2e-3 * config["naps"])
         if config["mode"] == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         torch.softmax(x, -1, out=out)
