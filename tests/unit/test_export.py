@@ -86,7 +86,7 @@ def alone(folder: Path, code: str, *arguments: str) -> Any:
 
 
 def test_the_package_computes_the_same_without_rooftune(tmp_path: Path) -> None:
-    problems = [raced("softmax[m=8,n=64]", 1.5), raced("layernorm[m=8,n=64]", 1.5), raced("gemm[m=8,n=16,k=64]", 0.5)]
+    problems = [raced("softmax[m=8,n=64]", 1.5), raced("layernorm[m=8,n=64]", 0.5), raced("gemm[m=8,n=16,k=64]", 0.5)]
     here = device.find("cpu")
     assert set(export.known_problems(here, 1)) >= set(problems)
     choices, left = export.winners([*problems, registry.problem("softmax[m=9,n=9]")], here, 1)
@@ -96,7 +96,8 @@ def test_the_package_computes_the_same_without_rooftune(tmp_path: Path) -> None:
     assert answers["softmax"][0] == "softmax/numba"
     assert answers["softmax"][1] == choices[0].use.config
     assert "1.50x torch's speed" in answers["softmax"][2]
-    assert answers["layernorm"][0] == "layernorm/numba", answers["layernorm"]
+    assert answers["layernorm"][0] == "layernorm/torch"
+    assert "nothing beats torch" in answers["layernorm"][2]
     assert answers["gemm"][0] == "gemm/torch"
     assert "nothing beats torch" in answers["gemm"][2]
     assert answers["layernorm other"][:1] == ["layernorm/torch"]
