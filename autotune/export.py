@@ -27,7 +27,7 @@ PLACES = {"rooftune.autotune.runtime": "runtime", "rooftune.autotune.standalone"
 
 
 def known_problems(device: devices.Device, threads: int | None = None) -> list[Problem]:
-    """Problems on which something was measured on this very device, in stored runs or the tuned table."""
+    """Problems on which something was measured on this very device, in stored runs."""
     identity = device.identity()
     found: dict[Problem, None] = {}
     for path in [*store.list_runs(), *store.list_runs(store.REFERENCE)][: dispatch.MAX_RUNS]:
@@ -53,16 +53,14 @@ def winners(
         if choice.use.source == "default":
             left[str(problem)] = choice.use.why
             continue
-        best = max(
-            (c for c in (choice.use, *choice.considered) if c is choice.use or (c.ratio_ci and c.ratio_ci[0] > 1.0)),
-            key=lambda c: (_refused(c) == "", c.ratio or 0.0),
-        )
-        if why := _refused(choice.use):
-            left[f"{problem} {choice.use.impl}"] = why
-            if _refused(best):
-                safe = next(i for i in registry.impls(problem.op) if i.baseline)
-                best = Candidate(safe.key, None, "default", why=f"torch: {choice.use.impl} {why}")
-        chosen.append(replace(choice, use=best))
+        use = choice.use
+        if why := _refused(use):
+            left[f"{problem} {use.impl}"] = why
+            others = [c for c in choice.considered if c.ratio_ci and c.ratio_ci[0] > 1.0 and not _refused(c)]
+            safe = next(i for i in registry.impls(problem.op) if i.baseline)
+            torch = Candidate(safe.key, None, "default", why=f"torch: {use.impl} {why}")
+            use = max(others, key=lambda c: c.ratio or 0.0, default=torch)
+        chosen.append(replace(choice, use=use))
     return chosen, left
 
 
@@ -211,12 +209,15 @@ def _readme(table: dict[str, Any], name: str, device: devices.Device) -> str:
             "baseline" if entry["ratio_to_torch"] is None else f"{entry['ratio_to_torch']:.2f} [{low:.2f}, {high:.2f}]"
         )
         rows.append(f"| `{problem}` | {entry['impl']} | `{canonical(entry['config'])}` | {gain} |")
-    example = next(iter(table["operators"]))
+    op, about = next(iter(table["operators"].items()))
+    form = about["forms"][0]
+    flags = [f"{flag}={True if value == '1' else repr(value)}" for flag, value in form["flags"].items()]
+    example = f"{name}.{op}({', '.join([*'abcdefgh'[: len(form['inputs'])], *flags])})"
     return (
         f"# {name}\n\nKernels that won on {device.name} ({day}). They need torch and the packages in `table.json`, "
-        f"nothing else.\n\n```python\nimport {name}\n\ny = {name}.{example}(x)\n```\n\n"
+        f"nothing else.\n\n```python\nimport {name}\n\nout = {example}\n```\n\n"
         "A kernel runs for exactly the problem it won, on a device of that name, with the packages it was built with; "
-        f"anything else runs torch's own call. `{name}.best(op, x).why` says which and why.\n\n"
+        f"anything else runs torch's own call. `{name}.best('{op}', ...).why` says which and why.\n\n"
         "| problem | kernel | config | best torch call's time over its own [95 % interval] |\n|---|---|---|---|\n"
         + "\n".join(rows)
         + "\n"

@@ -55,7 +55,7 @@ def best(
     if found is None:
         found = _choose(what, tensors, device, precision, threads, flags)
         if len(_kernels) >= KEPT:
-            _kernels.pop(next(iter(_kernels)))
+            _kernels.pop(next(iter(_kernels)), None)
         _kernels[key] = found
     return found
 

@@ -76,6 +76,8 @@ def _choose(op: str, tensors: Sequence[Any], precision: str | None, flags: dict[
     shapes = [(place.shape(sizes), place.dtype) for place in places]
     if winner is not None and not reason:
         return _build(problem, winner, winner["config"], winner["why"], shapes, winner.get("output"))
+    if output is None:
+        raise UsageError(f"{problem}: {reason}; how large its result is, is known for exported problems only")
     safe = table()["operators"][op]["torch"]
     return _build(problem, safe, None, f"torch: {reason}", shapes, None)
 

@@ -21,8 +21,9 @@ ROUNDS = 3  # per config that is not cut; its ratio to the default is a median o
 CONTENDER_ROUNDS = 6  # of a config whose interval still overlaps the leader's
 Z = 2.0  # half width of an interval in standard deviations of the mean
 # Standard deviation of a round's log ratio before it is known: single calls on a shared CPU vary by 35 %, a round's
-# 25 % order statistic by less. With it, a first round has to be 1.5 times behind to be the last.
+# 25 % order statistic by less.
 NOISE, NOISE_AFTER = 0.14, 8
+FAR = math.log(3)  # this much farther behind, a single round is enough; else it takes two, in case one was disturbed
 
 
 class Bench:
@@ -161,20 +162,31 @@ class Bench:
                 self.lab.release(self.impl, handle)  # its worker lives on, and with it the tensors
             if any(entrant.status != Status.OK for entrant in field):
                 break
-            value = self._outcome(candidate, False).value
-            if value is None or not math.isfinite(self.leader):
-                if number + 1 >= ROUNDS:
-                    break
-                continue
-            behind = math.log(value / self.leader)
+            behind, least = self._behind(candidate)
             reach = Z * self.noise * math.sqrt(1 / (number + 1) + 1 / self.leader_rounds)
-            if behind > reach:
+            if number + 1 < ROUNDS and least > reach + (FAR if number == 0 else 0.0):
                 self._learn(candidate)
-                return number + 1 < ROUNDS
-            if number + 1 >= ROUNDS and behind > reach / 2:
+                return True
+            if number + 1 >= ROUNDS and not behind < reach:
                 break
         self._learn(candidate)
         return False
+
+    def _behind(self, candidate: race.Entrant) -> tuple[float, float]:
+        """How far its rounds lie behind the leader, as logs: the median, and the best of them.
+
+        A neighbour on the machine makes a round several times too slow, so only the best one condemns a config.
+        NaN while there is no leader.
+        """
+        if not math.isfinite(self.leader):
+            return math.nan, math.nan
+        if self.reference is None:
+            logs = np.log(statistics.q25(candidate.rounds))
+        else:
+            logs = statistics.paired_logs(candidate.rounds, self.reference.rounds)
+        if not np.isfinite(logs).any():
+            return math.nan, math.nan
+        return float(np.nanmedian(logs)) - math.log(self.leader), float(np.nanmin(logs)) - math.log(self.leader)
 
     def _learn(self, candidate: race.Entrant) -> None:
         """How much two rounds of one config differ."""
@@ -188,7 +200,7 @@ class Bench:
             logs = statistics.paired_logs(candidate.rounds, self.reference.rounds)
             if not len(logs):
                 return replace(trial, status=Status.FAILED_CRASH, reason="no round is left to compare", time_s=None)
-            trial.ratio = math.exp(float(sorted(logs)[len(logs) // 2]))
+            trial.ratio = math.exp(float(np.median(logs)))
         return trial
 
     def _probe(self, reply: Reply) -> None:

@@ -188,10 +188,10 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
     """The final among the best few that the search found."""
     journal, default = job.journal, job.default
     trials = journal.trials
-    # What was cut as slower may still be the most frugal.
-    ran = [t for t in trials.values() if t.value is not None and (objective != "time" or not t.cut)]
-    ranked = [t.config for t in sorted(ran, key=lambda t: t.value or 0.0) if t.config != default]
-    best = ranked[: final.FINALISTS if objective == "time" else final.METERED]
+    ran = sorted((t for t in trials.values() if t.value is not None and t.config != default), key=_value)
+    # What was cut as slower may still be the most frugal; and where all were, fresh rounds have the last word.
+    whole = [t for t in ran if not t.cut] if objective == "time" else ran
+    best = [t.config for t in whole or ran[:1]][: final.FINALISTS if objective == "time" else final.METERED]
     timing = replace(job.timing, rounds=max(job.timing.rounds, 10))
     end = final.decide(job.lab, job.impl, job.problem, default, best, timing, job.event, objective, energy)
     failed: dict[str, int] = {}
@@ -228,6 +228,10 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
         objective=objective,
         joules=_joules(winner if winner and end.better else end.default),
     )
+
+
+def _value(trial: Trial) -> float:
+    return math.inf if trial.value is None else trial.value
 
 
 def _joules(entrant: race.Entrant | None) -> float | None:

@@ -170,14 +170,20 @@ def _neighbours(
     table = Table()
     for (impl, precision, _), numbers in groups.items():
         if len(numbers) < nearest.LEAST:
+            if len(numbers) > 1:
+                text = f"\n{impl.key} {precision}: a rule for shapes in between needs {nearest.LEAST} tuned together"
+                console.print(text, style="dim", markup=False)
             continue
         winners = [found[n].config for n in numbers]
         for number in numbers:
             job = jobs[number]
             job.also = [c for c in winners if job.valid(c)]
             if job.missing:
-                job.advance(Budget(configs=0))
-                changed[number] = tuner.conclude(job, plan.objective)
+                try:
+                    job.advance(Budget(configs=0))
+                    changed[number] = tuner.conclude(job, plan.objective)
+                except Unavailable as error:  # what is missing makes the rule weaker, not the results wrong
+                    console.print(f"{impl.key} {job.problem}: {error}", markup=False)
         after = {n: changed.get(n, found[n]) for n in numbers}
         shapes = [
             nearest.shape_of(jobs[n].problem, jobs[n].default, r.config, jobs[n].journal.trials)

@@ -287,7 +287,7 @@ def test_no_cut_and_no_flipped_bits_ever_recover_a_wrong_outcome(tmp_path: Path)
     right = recovered(path)
     assert len(right) == 6
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in range(0, len(whole), 7):  # every line is cut at some 100 places
+    for cut in range(0, len(whole), 13):  # every line is cut at some 50 places
         path.write_bytes(whole[:cut])
         found = recovered(path)
         lines = sum(end <= cut for end in ends)  # the start line is the first
@@ -295,7 +295,7 @@ def test_no_cut_and_no_flipped_bits_ever_recover_a_wrong_outcome(tmp_path: Path)
         assert all(right[key] == trial for key, trial in found.items())
     rng = random.Random(1)
     lost = 0
-    for _ in range(400):
+    for _ in range(250):
         damaged = bytearray(whole)
         for _ in range(rng.choice((1, 1, 2, 8))):
             damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
@@ -303,4 +303,4 @@ def test_no_cut_and_no_flipped_bits_ever_recover_a_wrong_outcome(tmp_path: Path)
         found = recovered(path)
         assert all(right[key] == trial for key, trial in found.items())
         lost += len(found) < len(right)
-    assert lost > 100  # the damage was real
+    assert lost > 60  # the damage was real
