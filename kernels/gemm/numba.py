@@ -25,18 +25,20 @@ TILES = {  # rows x columns of the register tile, by lanes of a vector; the firs
     4: ("6x8", "4x12", "8x8", "2x16", "1x32"),
 }
 FEW = 64  # rows of a up to which b is not packed: 1.25x torch instead of 0.84x at 32, 1.12x instead of 0.96x at 64
+NEAR = 4 << 20  # bytes of all operands as fp32 up to which prefetching costs more than it saves
 SWEEP = 32  # words of k packed at a time where k is not contiguous
 
 
 def _default(problem: Problem) -> Config:
     tiles, dtype = TILES[vector_width()], problem.precision
-    few = problem["m"] <= FEW and dtype != "int8"
+    m, n, k = problem["m"], problem["n"], problem["k"]
+    few, near = m <= FEW and dtype != "int8", (m * n + m * k + n * k) * 4 <= NEAR
     return {
-        "tile": tiles[-1] if problem["m"] == 1 else tiles[1] if few else tiles[0],
+        "tile": tiles[-1] if m == 1 else tiles[1] if few else tiles[0],
         "block_m": 168,
-        "block_k": 8 if few else 512,
-        "unroll": 1,
-        "prefetch": "next",
+        "block_k": 8 if few else 512 if near or vector_width() == 16 else 256,
+        "unroll": 1 if few else 4,
+        "prefetch": "next" if few or not near else "none",
         "multiply": "dot" if dtype in dot_formats() and dot_is_fast(dtype) and not few else "widen",
         "read_b": "direct" if few else "packed",
     }
