@@ -24,7 +24,8 @@ __device__ __forceinline__ void fetch_rows(char* tile, const T* matrix, int firs
   for (int unit = threadIdx.x % 32; unit < WARP_N * CHUNKS; unit += 32) {
     const int r = unit / CHUNKS, chunk = unit % CHUNKS;
     const bool inside = first + r < rows;
-    copy_async<16>(tile + Tile::at(r, chunk), inside ? matrix + (long long)(first + r) * D + chunk * 8 : matrix, inside);
+    const T* source = inside ? matrix + (long long)(first + r) * D + chunk * 8 : matrix;
+    copy_async<16>(tile + Tile::at(r, chunk), source, inside);
   }
 }
 
@@ -72,7 +73,8 @@ struct Rows16 {  // what a warp knows of 16 queries: two rows a thread, g and g 
 // BLOCK_M rows of each b, hkv. Causal: query i of a head sees keys up to i + sk - sq.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     decode_kernel(T* __restrict__ o, const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                  float* __restrict__ partial, float* __restrict__ stats, int heads, int rows, int sq, int sk, float scale) {
+                  float* __restrict__ partial, float* __restrict__ stats, int heads, int rows, int sq, int sk,
+                  float scale) {
   SHARED_MEMORY(shared);
   const int split = blockIdx.x % SPLITS, index = blockIdx.x / SPLITS, blocks = (rows + BLOCK_M - 1) / BLOCK_M;
   const int head = index / blocks, row0 = index % blocks * BLOCK_M;
@@ -160,8 +162,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       const float total = reduce_lanes<4>(mine[i].sum[r], Sum());
       if (t == 0) known[2 * row] = mine[i].top[r], known[2 * row + 1] = total;
 #pragma unroll
-      for (int j = 0; j < COLS; j++)
-        store<float, 2>(sums + row * LINE + 8 * j + 2 * t, Vec<float, 2>{mine[i].acc[j][2 * r], mine[i].acc[j][2 * r + 1]});
+      for (int j = 0; j < COLS; j++) {
+        const float(&acc)[4] = mine[i].acc[j];
+        store<float, 2>(sums + row * LINE + 8 * j + 2 * t, Vec<float, 2>{acc[2 * r], acc[2 * r + 1]});
+      }
     }
   __syncthreads();
   for (int unit = threadIdx.x; unit < BLOCK_M * D / 4; unit += THREADS) {

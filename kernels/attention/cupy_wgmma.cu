@@ -55,7 +55,7 @@ __device__ __forceinline__ void arrive_warp(Barrier* barrier) {
 struct Softmax {
   float top[2] = {-infinity(), -infinity()}, sum[2] = {}, shrink[2];
 
-  // `keys` from here on are hidden from the thread's first row, `keys` + 8 from its second; no_mask: none are.
+  // Keys from `hidden` on are hidden from the thread's first row, from `hidden8` on from its second.
   __device__ __forceinline__ void mask(float (&s)[KEYS], int hidden, int hidden8) {
     const int t = threadIdx.x % 4;
 #pragma unroll
@@ -224,7 +224,8 @@ __device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const 
       if (block >= 0) {
         barrier_wait(pipe.k_empty + k_at.stage, k_at.phase ^ 1);
         barrier_expect(pipe.k_full + k_at.stage, K::BYTES);
-        K::fetch<1>(pipe.k + k_at.stage * K::BYTES, k, pipe.k_full + k_at.stage, block * BLOCK_N, 0, tiles.kv_head, 0, 0);
+        K::fetch<1>(pipe.k + k_at.stage * K::BYTES, k, pipe.k_full + k_at.stage, block * BLOCK_N, 0,
+                    tiles.kv_head, 0, 0);
         k_at.next();
       }
       if (block + 1 < tiles.count) {

@@ -7,8 +7,8 @@
 // each fetches a part for all of them (multicast). The other warpgroups multiply. They share a tile
 // (cooperative) or take tiles in turn, one's epilogue beside the other's products (PINGPONG).
 //
-// Macros: PRECISION, LEFT_MN, RIGHT_MN (1: stored along rows, cols instead of k), SWAP_AB, EPILOGUE, TILE_ROWS, TILE_COLS
-// (of a block's tile), BLOCK_K, STAGES, CLUSTER_ROWS, CLUSTER_COLS, CLUSTER_SIZE, PINGPONG, GROUP_M, SPLIT_K
+// Macros: PRECISION, LEFT_MN, RIGHT_MN (1: stored along rows, cols instead of k), SWAP_AB, EPILOGUE, TILE_ROWS,
+// TILE_COLS (of a block's tile), BLOCK_K, STAGES, CLUSTER_ROWS, CLUSTER_COLS, CLUSTER_SIZE, PINGPONG, GROUP_M, SPLIT_K
 // (above 1: partial sums go to `raw`, cupy_wgmma.reduce.cu adds them), PROMOTE (1: fp8 sums leave the tensor
 // cores, which keep about 14 bits, after each tile of k).
 #include "epilogue.cuh"
@@ -69,7 +69,8 @@ struct Pipe {
   unsigned short same_rows, same_cols;  // blocks of the cluster that get our part of the left, of the right tile
 };
 
-__device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const TensorMap& left, const TensorMap& right) {
+__device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const TensorMap& left,
+                                        const TensorMap& right) {
   Ring<STAGES> at;
   while (tiles.advance()) {
     for (int k = tiles.k_begin; k < tiles.k_end; k++, at.next()) {
@@ -144,7 +145,8 @@ struct Place {
 };
 
 // Values to `raw`, which has the storage order of c: a quad of lanes writes 32 bytes, or eight lanes do.
-__device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* raw, int row, int col, int rows, int cols) {
+__device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* raw, int row, int col, int rows,
+                                          int cols) {
   const Place at;
 #pragma unroll
   for (int i = 0; i < PARTS; i++)
@@ -203,8 +205,9 @@ struct Store {
             const Vec<Out, 2> pair = load<Out, 2>(bias + s);
             add[0] = to_float(pair.v[0]), add[1] = to_float(pair.v[1]);
           }
-          r[m] = pack<Is16<Out>::FORMAT>(finish<EPILOGUE>(to_float(acc[i][4 * j + 2 * (m % 2)]) * scale, add[0]),
-                                            finish<EPILOGUE>(to_float(acc[i][4 * j + 2 * (m % 2) + 1]) * scale, add[1]));
+          const Acc low = acc[i][4 * j + 2 * (m % 2)], high = acc[i][4 * j + 2 * (m % 2) + 1];
+          r[m] = pack<Is16<Out>::FORMAT>(finish<EPILOGUE>(to_float(low) * scale, add[0]),
+                                         finish<EPILOGUE>(to_float(high) * scale, add[1]));
         }
       };
       if constexpr (SWAP_AB) {

@@ -107,6 +107,11 @@ def _splits(config: Config, problem: Problem) -> bool:
     return split == 1 or (split <= tiles and split * problem["m"] * problem["n"] * 4 <= 2**28)
 
 
+def _shares(config: Config, problem: Problem) -> bool:
+    """A cluster along m or n has tiles for all of its blocks."""
+    return all(config[f"cluster_{x}"] == 1 or problem[x] > config[f"block_{x}"] for x in "mn")
+
+
 def _promotes(config: Config, problem: Problem) -> bool:
     return not config["promote"] or problem.precision == "fp8"
 
@@ -134,7 +139,7 @@ def _default(problem: Problem) -> Config:
     }
     if small and not _along_k(config, problem)[1]:
         config["block_m"] = 64  # a stored along m comes in 64s
-    while small and config["split_k"] < 16 and -(-n // 128) * config["split_k"] * 2 <= 132:
+    while small and config["split_k"] < 8 and -(-n // 128) * config["split_k"] * 2 <= 132:
         if -(-k // config["block_k"]) < 8 * config["split_k"]:
             break
         config["split_k"] *= 2
@@ -143,19 +148,19 @@ def _default(problem: Problem) -> Config:
 
 SPACE = Space(
     axes={
-        "block_m": (16, 32, 64, 128, 192, 256),
-        "block_n": (64, 96, 128, 160, 192, 256),
+        "block_m": (16, 32, 64, 128, 256),
+        "block_n": (64, 128, 192, 256),
         "block_k": (64, 128, 256),
-        "num_stages": (3, 4, 5, 6, 8),
+        "num_stages": (3, 4, 5, 6),
         "cluster_m": (1, 2),
         "cluster_n": (1, 2),
         "schedule": ("cooperative", "pingpong"),
         "group_m": (1, 8, 16),
-        "split_k": (1, 2, 4, 8, 16),
+        "split_k": (1, 2, 4, 8),
         "swap_ab": (0, 1),
         "promote": (0, 1),
     },
-    where=(_promotes, _rows, _lines, _registers, _fits, _splits),
+    where=(_promotes, _shares, _rows, _lines, _registers, _fits, _splits),
     default=_default,
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from rooftune import registry
+from rooftune.check import generator
 from rooftune.core import Unavailable, UsageError
 from rooftune.kernels.common import cupy, cupy_host, cupy_tensormap
 from rooftune.kernels.common.cupy_kernel import Kernel, Launch
@@ -157,6 +159,39 @@ def test_a_buffer_overwritten_before_the_store_has_read_it_shows(probe: Launch) 
     probe(BLOCKS, 5, 2, None, _map(out), _map(out))
     want = torch.arange(64 * 64, dtype=torch.int16).view(64, 64)
     assert not torch.equal(out.view(torch.int16), torch.cat((want, want)))
+
+
+def _gemm(module: Any, problem: Any, source: Path | None = None, **axes: Any) -> torch.Tensor:
+    """The emulated product of a config, and of another source if one is given."""
+    config = {**module.SPACE.default_for(problem), **axes}
+    assert module.SPACE.valid(config, problem), config
+    with pytest.MonkeyPatch.context() as patch:
+        if source:
+            patch.setattr(module, "_kernel", lambda p, c, made=module._kernel: replace(made(p, c), source=source))
+        run = module.emulate(problem, config)
+    a, b = registry.op("gemm").inputs(problem, generator("cpu", 1), "cpu", "integers")
+    out = torch.zeros(problem["m"], problem["n"], dtype=torch.bfloat16)
+    run(out, a, b)
+    return out.double() - a.double() @ b.double().t()
+
+
+def test_gemm_in_turns_and_clusters_of_four_is_exact_in_random_order() -> None:
+    module = registry.impl("gemm/cupy_wgmma").load()
+    problem = registry.problem("gemm[m=200,n=328,k=200,transpose=nt,bf16]")
+    axes = {"schedule": "pingpong", "block_n": 64, "block_m": 64, "cluster_m": 2, "cluster_n": 2, "num_stages": 3}
+    with cupy_host.thread_order("random", seed=6):
+        assert not _gemm(module, problem, **axes).any()
+
+
+def test_a_gemm_that_gives_its_tiles_back_too_early_is_found(folder: Path) -> None:
+    module = registry.impl("gemm/cupy_wgmma").load()
+    problem = registry.problem("gemm[m=64,n=64,k=640,transpose=nt,bf16]")
+    text = Path(module.__file__).with_suffix(".cu").read_text()
+    line = "      wgmma_wait<1>();\n"
+    assert text.count(line) == 1
+    broken = folder / "broken.cu"
+    broken.write_text(text.replace(line, "      wgmma_wait<2>();\n"))
+    assert _gemm(module, problem, broken, swap_ab=0, block_n=64, num_stages=3).isnan().any()
 
 
 def test_what_tma_cannot_address_is_refused() -> None:

@@ -48,14 +48,15 @@ inline bool late() { return pool().order == Order::forward || (pool().order == O
 
 inline unsigned offset_of(const void* p) {
   const char *at = static_cast<const char*>(p), *start = block().shared;
-  if (at < start || at >= start + SHARED_BYTES) fail("thread %u: an address outside its block's shared memory", fiber().index);
+  if (at < start || at >= start + SHARED_BYTES) fail("thread %u: an address outside shared memory", fiber().index);
   return static_cast<unsigned>(at - start);
 }
 
 // ---- barriers ----
 inline Phases& phases(Block& b, unsigned offset, const char* what) {
   auto found = hardware(b).barriers.find(offset);
-  if (found == hardware(b).barriers.end()) fail("thread %u: %s at %u, where no barrier was initialised", fiber().index, what, offset);
+  if (found == hardware(b).barriers.end())
+    fail("thread %u: %s at %u, where no barrier was initialised", fiber().index, what, offset);
   uint64_t word;
   std::memcpy(&word, b.shared + offset, 8);
   if (word != BARRIER_MAGIC) fail("block %u: the barrier at %u was overwritten", b.index, offset);
@@ -125,8 +126,8 @@ namespace host {
 
 inline unsigned swizzled(unsigned address, unsigned width) { return address ^ (address >> 7 & (width / 16 - 1)) << 4; }
 
-// use(byte in the box's shared memory, address in memory or null outside the tensor) for each 16 bytes of a box
-template <class Use> void each_chunk(const TensorMap& map, const int (&at)[3], unsigned target, Use use) {
+// use(offset in shared memory, address in memory or null outside the tensor) for each byte of a box
+template <class Use> void each_byte(const TensorMap& map, const int (&at)[3], unsigned target, Use use) {
   const unsigned line = map.box[0] * map.element_bytes;
   for (unsigned z = 0; z < map.box[2]; z++)
     for (unsigned y = 0; y < map.box[1]; y++)
@@ -153,13 +154,14 @@ inline void load_box(char* to, const TensorMap& map, Barrier* full, int x, int y
   const unsigned target = check_box(map, to, "a tensor load"), barrier = offset_of(full);
   for (auto& b : pool().blocks)
     if (mask >> b->rank & 1) std::memset(b->shared + target, POISON, box_bytes(map));
-  if (mask >> pool().blocks.size()) fail("thread %u: mask %x for a cluster of %zu", fiber().index, mask, pool().blocks.size());
+  const size_t cluster = pool().blocks.size();
+  if (mask >> cluster) fail("thread %u: mask %x for a cluster of %zu", fiber().index, mask, cluster);
   const TensorMap copy = map;
   pool().flight.push_back([=] {
     for (auto& b : pool().blocks) {
       if (!(mask >> b->rank & 1)) continue;
       if (!b->live) fail("a tensor load lands in block %u, which has returned", b->index);
-      each_chunk(copy, {x, y, z}, target, [&](unsigned at, const char* memory) { b->shared[at] = memory ? *memory : 0; });
+      each_byte(copy, {x, y, z}, target, [&](unsigned at, char* memory) { b->shared[at] = memory ? *memory : 0; });
       Phases& p = phases(*b, barrier, "a tensor load");
       p.bytes -= box_bytes(copy);
       settle(p);
@@ -171,7 +173,8 @@ inline void load_box(char* to, const TensorMap& map, Barrier* full, int x, int y
 inline void tma_load(char* to, const TensorMap& map, Barrier* full, int x, int y, int z) {
   host::load_box(to, map, full, x, y, z, 1u << host::block().rank);
 }
-inline void tma_load_multicast(char* to, const TensorMap& map, Barrier* full, int x, int y, int z, unsigned short mask) {
+inline void tma_load_multicast(char* to, const TensorMap& map, Barrier* full, int x, int y, int z,
+                               unsigned short mask) {
   host::load_box(to, map, full, x, y, z, mask);
 }
 inline void tma_store(const TensorMap& map, const char* from, int x, int y, int z) {
@@ -183,7 +186,7 @@ inline void tma_store(const TensorMap& map, const char* from, int x, int y, int 
   const TensorMap copy = map;
   char* shared = host::block().shared;
   auto store = [=] {
-    host::each_chunk(copy, {x, y, z}, source, [&](unsigned at, char* memory) { if (memory) *memory = shared[at]; });
+    host::each_byte(copy, {x, y, z}, source, [&](unsigned at, char* memory) { if (memory) *memory = shared[at]; });
   };
   if (!host::late()) return store();
   host::hardware(host::block()).stores[host::fiber().index].issued.push_back(store);

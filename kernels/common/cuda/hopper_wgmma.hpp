@@ -15,7 +15,8 @@ struct Matrix {
     address = (d & 0x3FFF) << 4, leading = (d >> 16 & 0x3FFF) << 4, stride = (d >> 32 & 0x3FFF) << 4;
     if (d >> 62 != 1) fail("a descriptor with swizzle %u: only that of 128 bytes is modelled", unsigned(d >> 62));
     if (address & 0x380 || d >> 49 & 7) fail("a descriptor at %u: not the first line of its pattern", address);
-    if (stride % 1024 || (mn_major && leading % 1024)) fail("a descriptor whose groups lie %u and %u apart", leading, stride);
+    if (stride % 1024 || (mn_major && leading % 1024))
+      fail("a descriptor whose groups lie %u and %u apart", leading, stride);
   }
   unsigned at(unsigned mn, unsigned k, unsigned size) const {
     const unsigned linear = mn_major ? address + mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128
