@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rooftune.core import Config, Problem, Space
+from rooftune.core import Config, Problem, Space, UsageError
 from rooftune.kernels.common.cupy_kernel import ALIGNMENT, PRECISION_CODE, REGISTERS, Kernel, bytes_in, chunk
 
 KEPT_VALUES = 64  # fp32 values a thread keeps in registers at most
 OTHER_REGISTERS = 32  # beside them; 1024 threads have 64 registers each, so 32 values
+CLUSTER_FROM = 16384  # columns: shorter rows fit one block, whose barriers are cheaper than a cluster's
 WANTED_VALUES = 32  # of the untuned config: four 16-byte loads of bf16 under way in each thread
 
 
@@ -31,22 +32,34 @@ def _block(config: Config, problem: Problem) -> bool:
     return bool(config["threads_per_row"] <= config["num_threads"])
 
 
-def space(held: int = 1) -> Space:
-    """Threads of a row, threads of a block, elements a load; `held`: values kept for each place of a row."""
+def _clustered(config: Config, problem: Problem) -> bool:
+    """A cluster is for rows that fill its blocks; each warp of a block has a float for its answers."""
+    blocks = config.get("cluster", 1)
+    whole = config["threads_per_row"] == config["num_threads"] >= 32 * blocks
+    return bool(blocks == 1 or (whole and problem["n"] >= CLUSTER_FROM))
+
+
+def space(held: int = 1, clusters: tuple[int, ...] = (1, 2, 4, 8)) -> Space:
+    """Threads of a row, threads of a block, elements a load, blocks of a row (compute capability 9.0 and newer).
+
+    `held`: values kept for each place of a row.
+    """
 
     def default(problem: Problem) -> Config:
         widest = ALIGNMENT // bytes_in(problem)
         vec, threads = _vec({"vec": widest}, problem), 8
         while threads < 1024 and held * _values(threads, vec, problem["n"]) > WANTED_VALUES:
             threads *= 2
-        return {"threads_per_row": threads, "num_threads": max(threads, 128), "vec": widest}
+        config = {"threads_per_row": threads, "num_threads": max(threads, 128), "vec": widest}
+        return {**config, "cluster": 1} if clusters else config
 
     axes = {
         "threads_per_row": (8, 16, 32, 64, 128, 256, 512, 1024),
         "num_threads": (64, 128, 256, 512, 1024),
         "vec": (1, 2, 4, 8),
+        **({"cluster": clusters} if clusters else {}),
     }
-    return Space(axes=axes, where=(_one_load, _block), default=default)
+    return Space(axes=axes, where=(_one_load, _block, _clustered), default=default)
 
 
 SPACE = space()
@@ -67,18 +80,42 @@ def kernel(
     """
     vec, threads = _vec(config, problem), config["num_threads"]
     kept = min(KEPT_VALUES, REGISTERS // threads - beside)
-    values = _values(config["threads_per_row"], vec, problem["n"])
+    cluster = config.get("cluster", 1)
+    values = _values(config["threads_per_row"] * cluster, vec, problem["n"])
     settings = {
         "PRECISION": PRECISION_CODE[problem.precision],
         "BLOCK_THREADS": threads,
         "ROW_THREADS": config["threads_per_row"],
         "VEC": vec,
+        "CLUSTER": cluster,
         "ITEMS": values // vec if held * values <= kept else 0,
         **macros,
     }
-    return Kernel(source, entry, tuple(settings.items()), threads, 2 * threads // 32 * 4)
+    return Kernel(source, entry, tuple(settings.items()), threads, (2 if cluster == 1 else 4) * threads // 32 * 4)
 
 
 def grid(problem: Problem, config: Config) -> int:
     """Blocks for all rows."""
-    return -(-problem["m"] * config["threads_per_row"] // config["num_threads"])
+    return -(-problem["m"] * config["threads_per_row"] // config["num_threads"]) * int(config.get("cluster", 1))
+
+
+def emulable(config: Config) -> Config:
+    """The config, if it can be emulated.
+
+    Raises:
+        UsageError: the emulation runs one block at a time.
+    """
+    if config.get("cluster", 1) > 1:
+        raise UsageError("clusters of blocks are not emulated: such a config is compiled only")
+    return config
+
+
+def compilable(config: Config, arch: str) -> Config:
+    """The config, if the architecture has what it needs.
+
+    Raises:
+        UsageError: clusters before compute capability 9.0.
+    """
+    if config.get("cluster", 1) > 1 and int(arch.removeprefix("sm_").rstrip("a")) < 90:
+        raise UsageError(f"{arch} has no clusters of blocks; they begin with sm_90")
+    return config

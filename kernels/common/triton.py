@@ -212,12 +212,13 @@ def emulated(run: Run) -> Run:
     return quiet(run)
 
 
-def row_space(held: int = 64) -> Space:
+def row_space(held: int = 64, wanted: int = 16) -> Space:
     """The space of kernels over rows of [m, n]: whole rows in registers, or chunks of one row in a loop.
 
     `block_n` 0 holds `block_m` whole rows at a time; another value walks a single row in chunks of that
     many columns, and `num_stages` is the depth of that loop's software pipeline. `held`: fp32 values of
-    x a thread may hold (half of that with 1024 threads, which have 64 registers each).
+    x a thread may hold (half of that with 1024 threads, which have 64 registers each); `wanted`: how many
+    it holds by default. 16 are two 16-byte loads of bf16.
     """
 
     def shaped(config: Config, problem: Problem) -> bool:
@@ -236,7 +237,9 @@ def row_space(held: int = 64) -> Space:
         if whole > 32 * 16 * held:
             return {"block_m": 1, "block_n": 4096, "num_warps": 8, "num_stages": 2}
         rows = min(power_of_two(problem["m"]), max(1, 1024 // whole), 16)
-        warps = min(16, max(1, rows * whole // (32 * 16)))  # 16 values a thread: two 16-byte loads of bf16
+        warps = min(16, max(1, rows * whole // (32 * wanted)))
+        if whole > 32 * 16 * held // 2:  # softmax's backward spilled 8 bytes at 16384 by 16 warps
+            warps = 32
         return {"block_m": rows, "block_n": 0, "num_warps": warps, "num_stages": 1}
 
     axes = {

@@ -46,6 +46,7 @@ def gemm_tile(  # type: ignore[no-untyped-def]
     TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of c, over the part-th of SPLIT_K ranges of k."""
     # GROUP_M rows of tiles are walked column by column, so that concurrent tiles share a and b in L2.
@@ -99,13 +100,21 @@ def gemm_tile(  # type: ignore[no-untyped-def]
             pa += BLOCK_K * M if TRANS_A else BLOCK_K
             pb += BLOCK_K if TRANS_B else BLOCK_K * N
 
-    if SPLIT_K > 1:  # c: [SPLIT_K, M, N], summed and finished by gemm_reduce
+    if SUBTILES == 2:  # in halves: the tile on its way out takes half the shared memory
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        half = n0 + tl.arange(0, BLOCK_N // 2)
+        left = finish(left, scale_a, scale_b, bias, half[None, :], (half < N)[None, :], EPILOGUE)
+        c.store([m0, n0], left.to(c.dtype))
+        half += BLOCK_N // 2
+        right = finish(right, scale_a, scale_b, bias, half[None, :], (half < N)[None, :], EPILOGUE)
+        c.store([m0, n0 + BLOCK_N // 2], right.to(c.dtype))
+    elif SPLIT_K > 1:  # c: [SPLIT_K, M, N], summed and finished by gemm_reduce
         c += part.to(tl.int64) * M * N
     else:
         acc = finish(acc, scale_a, scale_b, bias, (n0 + column)[None, :], in_n[None, :], EPILOGUE)
-    if TMA:
+    if TMA and SUBTILES == 1:
         c.store([m0, n0], acc.to(c.dtype))
-    else:
+    elif not TMA:
         pc = c + m0.to(tl.int64) * N + n0 + (row[:, None] * N + column[None, :])
         tl.store(pc, acc.to(c.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
@@ -116,7 +125,7 @@ def gemm(  # type: ignore[no-untyped-def]
     TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """A tile a program, or with PERSISTENT every num_programs-th tile, loads running ahead across tiles."""
     if PERSISTENT:
@@ -124,12 +133,12 @@ def gemm(  # type: ignore[no-untyped-def]
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             gemm_tile(
                 tile, tl.program_id(1), c, a, b, scale_a, scale_b, bias, M, N, K, TRANS_A, TRANS_B, EPILOGUE,
-                PRECISION, IMPRECISE, EVEN_K, TMA, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                PRECISION, IMPRECISE, EVEN_K, TMA, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
             )  # fmt: skip
     else:
         gemm_tile(
             tl.program_id(0), tl.program_id(1), c, a, b, scale_a, scale_b, bias, M, N, K, TRANS_A, TRANS_B, EPILOGUE,
-            PRECISION, IMPRECISE, EVEN_K, TMA, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            PRECISION, IMPRECISE, EVEN_K, TMA, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
         )  # fmt: skip
 
 
@@ -182,13 +191,18 @@ def _shared_bytes(config: Config, problem: Problem) -> int:
     f = FORMATS[problem.precision]
     m, n = config["block_m"], config["block_n"]
     stages = config["num_stages"] * (m + n) * config["block_k"] * f.bytes_in + 1024  # barriers, alignment
-    tile = m * n * f.bytes_out
+    tile = m * n * f.bytes_out // config["subtiles"]
     return int(stages + tile if config["schedule"] == "persistent" else max(stages, tile))
 
 
 def _schedule(config: Config, problem: Problem) -> bool:
-    """TMA: rows of a, b and c are whole multiples of 16 bytes. Fast accumulation exists for fp8 only."""
+    """TMA: rows of a, b and c are whole multiples of 16 bytes. Fast accumulation exists for fp8 only.
+
+    Subtiles are of persistent programs, in whose shared memory the next tile is on its way beside c.
+    """
     if config["fast_accum"] and problem.precision != "fp8":
+        return False
+    if config["subtiles"] > 1 and not (config["schedule"] == "persistent" and config["block_n"] >= 64):
         return False
     if config["schedule"] == "pointer":
         return True
@@ -209,7 +223,7 @@ def _split(config: Config, problem: Problem) -> bool:
 def _default(problem: Problem) -> Config:
     """Tiles that fit the smallest of our architectures (101376 bytes of shared memory)."""
     m, size = problem["m"], FORMATS[problem.precision].bytes_in
-    config = {"group_m": 8, "num_stages": 3, "schedule": "pointer", "split_k": 1}
+    config = {"group_m": 8, "num_stages": 3, "schedule": "pointer", "split_k": 1, "subtiles": 1}
     config["fast_accum"] = problem.precision == "fp8"
     if problem.precision == "fp32" and (m > 64 or _small(problem)):
         return {"block_m": 128, "block_n": 128, "block_k": 16, "num_warps": 8, **config}
@@ -237,6 +251,7 @@ SPACE = Space(
         "num_stages": (2, 3, 4, 5),
         "schedule": ("pointer", "tma", "persistent"),
         "split_k": (1, 2, 4, 8),
+        "subtiles": (1, 2),
         "fast_accum": (False, True),
     },
     where=(_schedule, _depth, _tile_useful, _registers, _shared, _split),
@@ -262,13 +277,14 @@ def _launches(problem: Problem, config: Config, programs: int) -> list[Launch]:
 
     a, b = matrix(f.storage, (m, k), (bm, bk), ta), matrix(f.storage, (k, n), (bk, bn), tb)
     parts = Operand("int32" if precision == "int8" else "float32")
-    c = parts if split > 1 else matrix(f.out, (m, n), (bm, bn))
+    c = parts if split > 1 else matrix(f.out, (m, n), (bm, bn // config["subtiles"]))
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
     persistent = config["schedule"] == "persistent"
     constants: dict[str, Any] = {"TRANS_A": ta, "TRANS_B": tb, "EPILOGUE": epilogue, "PRECISION": precision}
     constants |= {"IMPRECISE": None if config["fast_accum"] or precision != "fp8" else bk}
     constants |= {"EVEN_K": k % (bk * split) == 0, "TMA": tma, "PERSISTENT": persistent, "SPLIT_K": split}
     constants |= {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "GROUP_M": config["group_m"]}
+    constants |= {"SUBTILES": config["subtiles"]}
     options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
     grid = (min(programs, tiles) if persistent else tiles, split)
     operands = (c, a, b, *((None, None, None) if split > 1 else rest))

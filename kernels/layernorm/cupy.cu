@@ -6,8 +6,7 @@
 
 using namespace rt;
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
-    layernorm_kernel(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ weight,
+ROW_KERNEL layernorm_kernel(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ weight,
                      const T* __restrict__ bias, int m, int n, float eps) {
   SHARED_MEMORY(shared);
   float* scratch_mean = reinterpret_cast<float*>(shared);  // a float per warp each

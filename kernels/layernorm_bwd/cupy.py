@@ -28,7 +28,7 @@ def _spread(config: Config, problem: Problem) -> bool:
 
 def _space() -> Space:
     """That of rows, and how many blocks walk over them: the count of partial sums."""
-    base = rows.space(HELD)
+    base = rows.space(HELD, clusters=())
 
     def default(problem: Problem) -> Config:
         config = base.default_for(problem)

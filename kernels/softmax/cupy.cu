@@ -8,8 +8,7 @@
 
 using namespace rt;
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
-    softmax_kernel(T* __restrict__ y, const T* __restrict__ x, int m, int n) {
+ROW_KERNEL softmax_kernel(T* __restrict__ y, const T* __restrict__ x, int m, int n) {
   SHARED_MEMORY(shared);
   float* scratch_top = reinterpret_cast<float*>(shared);  // a float per warp each
   float* scratch_sum = scratch_top + BLOCK_THREADS / 32;

@@ -4,8 +4,7 @@
 
 using namespace rt;
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
-    softmax_backward_kernel(T* __restrict__ dx, const T* __restrict__ dy, const T* __restrict__ y, int m, int n) {
+ROW_KERNEL softmax_backward_kernel(T* __restrict__ dx, const T* __restrict__ dy, const T* __restrict__ y, int m, int n) {
   SHARED_MEMORY(shared);
   float* scratch = reinterpret_cast<float*>(shared);  // a float per warp
   const Row row(m, n);

@@ -32,15 +32,15 @@ def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], 
 
 
 def build(problem: Problem, config: Config) -> Run:
-    """On the current GPU."""
-    return _runner(problem, config, cuda.device)
+    """On the current GPU; clusters from compute capability 9.0 on."""
+    return _runner(problem, rows.compilable(config, cuda.current_arch()), cuda.device)
 
 
 def emulate(problem: Problem, config: Config) -> Run:
     """The same source on CPU tensors, one fiber per thread."""
-    return _runner(problem, config, cuda.host)
+    return _runner(problem, rows.emulable(config), cuda.host)
 
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
     """What the machine code takes."""
-    return cuda.resources(_kernel(problem, config), arch)
+    return cuda.resources(_kernel(problem, rows.compilable(config, arch)), arch)

@@ -114,6 +114,18 @@ def test_gpu_competitors_are_right_when_emulated(lab: Lab, impl: Impl, precision
     assert record.time_s is None
 
 
+def test_a_persistent_product_that_writes_its_tile_in_halves_is_right_when_emulated(lab: Lab) -> None:
+    impl = registry.impl("gemm/triton")
+    _need(impl)
+    problem = registry.problem("gemm[m=72,n=136,k=64,transpose=nt,epilogue=bias_gelu,bf16]")
+    small = {"block_m": 32, "block_n": 64, "block_k": 32, "num_warps": 4}
+    config = {**lab.space(impl, problem, "emulate")["default"], **small, "schedule": "persistent", "subtiles": 2}
+    reply = lab.ask(
+        impl, "prepare", evidence.EMULATE_S, "emulate", problem=str(problem), config=config, seed=3, thorough=False
+    )
+    assert reply.status == Status.OK, reply.reason
+
+
 @pytest.mark.parametrize(("impl", "precision"), COMPILED)
 def test_gpu_competitors_compile_without_real_spills(lab: Lab, impl: Impl, precision: str) -> None:
     _need(impl)
