@@ -29,9 +29,6 @@ class Known(search.SearchSpace):
         history: per earlier tuning [configs]: best time there over this config's, 0 if it failed, NaN if not tried.
     """
 
-    prior: Column | None = None
-    history: Sequence[Column] = ()
-
     def learn(self, tunings: Sequence[Tuning], prior: Prior | None) -> None:
         """Take in earlier tunings and a model's ranking."""
         columns = [self._column(tuning) for tuning in tunings]
