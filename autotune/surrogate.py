@@ -78,7 +78,7 @@ class Surrogate:
 
     def _learn(self, done: Rows, targets: list[Array]) -> None:
         few = len(done) < MANY
-        every = 2 if few else 4 if len(done) < 2 * MANY else 8  # the cost of a fit grows faster than its use
+        every = 3 if few else 4 if len(done) < 2 * MANY else 8  # the cost of a fit grows faster than its use
         at = self._features.at[done]
         for i, (process, y) in enumerate(zip(self._processes, targets, strict=True)):
             if (self._step + i) % every == 1 or not process.ready:
