@@ -25,6 +25,7 @@ Rows = npt.NDArray[np.int64]
 WIDTH = 3  # most coordinates of an axis: size, alignment, is a power of two
 CODES = 4  # integers 0..n-1 are codes, up to this many: a count that starts at 0 tends to go on further
 MAX_ALIGN = 6  # 64 bytes or lanes: more alignment gains nothing
+SIDE = 0.5  # weight of alignment and powers of two beside the size, where a start has to spread
 PAIRS = 24  # most derived axes, in the order of the axes: each costs the process a parameter
 
 
@@ -74,7 +75,7 @@ def _wide(raw: Array) -> bool:
 
 
 def coordinates(values: Sequence[Any]) -> Array | None:
-    """[values, 1..WIDTH] in [0, 1], or None where values have no order."""
+    """[values, 1..WIDTH] in [0, 1], the size first, or None where values have no order."""
     if not ordered(values):
         return None
     raw = np.array([float(v) for v in values])
@@ -101,6 +102,17 @@ def _tied(a: Axis, b: Axis) -> bool:
     return len(np.unique(a.at * b.count + b.at)) < a.count * b.count
 
 
+def _sizes(values: Sequence[Sequence[Any]], own: list[Axis]) -> list[tuple[Axis, Array]]:
+    """Axes of sizes with their log2, [configs]."""
+    found: list[tuple[Axis, Array]] = []
+    for axis, given in zip(own, values, strict=True):
+        if axis.coords is not None:
+            raw = np.array([float(v) for v in given])
+            if _wide(raw) and raw.min() > 0:
+                found.append((axis, np.log2(raw)[axis.at]))
+    return found
+
+
 class Features:
     """The axes of a space as models see them.
 
@@ -109,7 +121,7 @@ class Features:
         at: [configs, axes], positions of values.
         given: how many of `axes` are the space's own.
         spread: [configs, features], for distances between configs of the start: no derived axes.
-        mixed: [configs, features], for trees: all axes.
+        mixed: [configs, features], for trees: all axes, and products and ratios of more sizes.
     """
 
     def __init__(self, values: Sequence[Sequence[Any]], index: Rows) -> None:
@@ -118,17 +130,22 @@ class Features:
         self.given = len(own)
         self.axes = own + self._derive([values[i] for i in used], own)
         self.at = np.stack([a.at for a in self.axes], axis=1) if own else np.zeros((len(index), 0), np.int64)
-        self.spread, self.mixed = self._columns(own, len(index)), self._columns(self.axes, len(index))
+        self.spread = self._columns(own, len(index), SIDE)
+        self.mixed = np.hstack(
+            [self._columns(self.axes, len(index), 1.0), *self._mixtures([values[i] for i in used], own)]
+        )
+
+    @staticmethod
+    def _mixtures(values: Sequence[Sequence[Any]], own: list[Axis]) -> list[Array]:
+        """Products and ratios of sizes that no rule ties; none where they are too many to tell apart."""
+        sizes = _sizes(values, own)
+        loose = [(x, y) for i, (a, x) in enumerate(sizes) for b, y in sizes[:i] if not _tied(a, b)]
+        return [np.stack([x + y, x - y], axis=1) for x, y in loose] if 2 * len(loose) <= PAIRS else []
 
     @staticmethod
     def _derive(values: Sequence[Sequence[Any]], own: list[Axis]) -> list[Axis]:
-        sizes: list[tuple[Axis, Array]] = []
-        powers: list[npt.NDArray[np.bool_]] = []
-        for axis, given in zip(own, values, strict=True):
-            raw = np.array([float(v) for v in given]) if axis.coords is not None else np.zeros(1)
-            if _wide(raw) and raw.min() > 0:
-                sizes.append((axis, np.log2(raw)[axis.at]))
-                powers.append(np.array([is_power(v) for v in raw])[axis.at])
+        sizes = _sizes(values, own)
+        powers = [np.isin(column, np.arange(64.0)) for _, column in sizes]
         found: list[Axis | None] = []
         for i, (a, size_a) in enumerate(sizes):
             for b, size_b in sizes[:i]:
@@ -141,11 +158,12 @@ class Features:
         return kept
 
     @staticmethod
-    def _columns(axes: list[Axis], count: int) -> Array:
+    def _columns(axes: list[Axis], count: int, side: float) -> Array:
         columns: list[Array] = []
         for axis in axes:
             if axis.coords is not None:
-                columns += list(axis.coords[axis.at].T)
+                size, *rest = axis.coords[axis.at].T
+                columns += [size, *(side * column for column in rest)]
             elif axis.count == 2:
                 columns.append(axis.at.astype(np.float64))
             else:  # 0.5 each, so that two names differ by 1

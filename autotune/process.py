@@ -67,6 +67,7 @@ class Process:
             for i in (0, 1)
         )
         self.log = self._mean.copy()
+        self.ready = False  # whether it was fitted
 
     def _tables(self, log: Array, gaps: Array) -> tuple[Array, Array, Array]:
         """What axes contribute [axes, values, values], and its slopes by `a` and by length scales [..., WIDTH]."""
@@ -145,6 +146,7 @@ class Process:
             else:
                 step = step * 0.5
         self.condition(at, y, trends)
+        self.ready = True
 
     def _detrend(self, y: Array, trends: Array | None) -> tuple[Array, Array]:
         """(y less the expected trends, covariance that the slopes' doubt adds)."""

@@ -14,9 +14,10 @@ from rooftune.autotune.warm import Trend
 
 Flags = npt.NDArray[np.bool_]
 
-STEPS = 12  # gradient steps per fit; fits start from the last one, so few are enough
+STEPS = 30, 12  # gradient steps per fit, with few outcomes and with MANY: fits start from the last one
+MANY = 50
 GLOBAL, PAIRS = 800, 500  # candidates a step: random ones, and ones two axes away from the best
-LEADERS = 3  # the best configs, whose neighbours are candidates
+FAR = 3  # axes: a config that differs on as many lies in another region
 SLOW = 0.75  # quantile of log times above which they are compressed
 EXPECTED = 200  # candidates a step that a trend expects to be fast
 VOTE = 0.25  # of the forest, where the process leads
@@ -51,7 +52,7 @@ class Surrogate:
         """Take in what a row took; infinite if it failed."""
         self.free[row] = False
         self.tried.append(row)
-        self.logs.append(math.log(value) if value > 0 else -math.inf)
+        self.logs.append(math.log(value) if value > 0 else math.inf)
 
     def propose(self) -> int:
         """The row to try next."""
@@ -65,9 +66,10 @@ class Surrogate:
         self._step += 1
         self._learn(done, targets)
         close = self._step % 2 == 0
-        rows = self._candidates(done[np.argsort(logs[works], kind="stable")[:LEADERS]], close)
+        judges = [0, 1] if close else [self._step // 2 % 2]
+        rows = self._candidates(self._leaders(done, logs[works]), close)
         bests = [float(y.min()) for y in targets]
-        return int(rows[int(np.argmax(self._merit(rows, failed, bests, [0, 1] if close else [self._step // 2 % 2])))])
+        return int(rows[int(np.argmax(self._merit(rows, failed, bests, judges, close)))])
 
     def _standard(self, which: int, y: Array) -> Array:
         self._units[which] = float(y.mean()), float(y.std()) + 1e-9
@@ -75,11 +77,12 @@ class Surrogate:
         return out
 
     def _learn(self, done: Rows, targets: list[Array]) -> None:
-        every = 2 if len(done) < 50 else 4 if len(done) < 100 else 8  # the cost of a fit grows faster than its use
+        few = len(done) < MANY
+        every = 3 if few else 4 if len(done) < 2 * MANY else 8  # the cost of a fit grows faster than its use
         at = self._features.at[done]
         for i, (process, y) in enumerate(zip(self._processes, targets, strict=True)):
-            if (self._step + i) % every == 1 or self._step == 1:
-                process.fit(at, y, STEPS, self._trends(i, done))
+            if (self._step + i) % every == 1 or not process.ready:
+                process.fit(at, y, STEPS[0 if few else 1], self._trends(i, done))
             else:
                 process.condition(at, y, self._trends(i, done))
         if self._forest is None or self._step % 2 == 1:
@@ -92,6 +95,12 @@ class Surrogate:
 
     def _differs(self, row: int) -> Rows:
         return np.asarray((self._index != self._index[row]).sum(1))
+
+    def _leaders(self, done: Rows, logs: Array) -> Rows:
+        """The best config, the second best, and the best of another region."""
+        order = done[np.argsort(logs, kind="stable")]
+        far = order[(self._index[order] != self._index[order[0]]).sum(1) >= FAR]
+        return np.concatenate([order[:2], far[:1]])
 
     def _candidates(self, best: Rows, close: bool) -> Rows:
         """Rows worth judging; `close` keeps to one axis from the best where something is left there."""
@@ -108,19 +117,20 @@ class Surrogate:
         rows = rows[self.free[rows]]
         return rows if len(rows) else np.flatnonzero(self.free)
 
-    def _merit(self, rows: Rows, failed: Rows, bests: list[float], judges: list[int]) -> Array:
-        """How promising rows are: one process leads with the forest as a quarter vote, or all vote alike."""
+    def _merit(self, rows: Rows, failed: Rows, bests: list[float], judges: list[int], close: bool) -> Array:
+        """How promising rows are: close to the best all judges vote alike, elsewhere the forest has a quarter vote."""
         assert self._forest is not None
         at = self._features.at
         votes, doubt = self._forest.predict(self._mixed[rows])
-        merit: Array = rank(log_improvement(votes, doubt + DOUBT, bests[0])) * (VOTE if len(judges) == 1 else 1.0)
+        merit: Array = rank(log_improvement(votes, doubt + DOUBT, bests[0])) * (1.0 if close else VOTE)
         for i in judges:
-            mean, deviation, close = self._processes[i].predict(at[rows], self._trends(i, rows))
+            mean, deviation, near = self._processes[i].predict(at[rows], self._trends(i, rows))
             merit = merit + rank(log_improvement(mean, deviation, bests[i]))
-        merit = merit / len(judges)
+        if close:
+            merit = merit / (1 + len(judges))
         if len(failed):
             weight, hope = FAILED
-            works = close.sum(1) + hope
+            works = near.sum(1) + hope
             fails = self._processes[judges[-1]].closeness(at[rows], at[failed]).sum(1)
             merit = merit + weight * np.log(works / (works + fails))
         return merit

@@ -188,15 +188,15 @@ def test_a_diverse_start_spreads() -> None:
 @pytest.mark.parametrize("judges", [[0], [1], [0, 1]])
 def test_failed_configs_make_those_like_them_less_attractive(judges: list[int]) -> None:
     features = Features(VALUES, INDEX)
-    rows, y = sample(40, 5)
+    rows, y = sample(50, 5)
     model = Surrogate(features, INDEX, np.random.default_rng(0))
-    for row, value in zip(rows[:20], y[:20], strict=True):
+    for row, value in zip(rows[:30], y[:30], strict=True):
         model.tell(int(row), math.exp(value))
     model.propose()
-    rest = rows[20:]
+    rest = rows[30:]
     bad = rest[:1]
-    best = [-1.0, -1.0]
-    loss = model._merit(rest, bad[:0], best, judges) - model._merit(rest, bad, best, judges)
+    none, best = bad[:0], [-1.0, -1.0]
+    loss = model._merit(rest, none, best, judges, True) - model._merit(rest, bad, best, judges, True)
     assert (loss > 0).all()
     assert loss.argmax() == 0  # itself first of all
     alike = (INDEX[rest] == INDEX[bad[0]]).sum(1)
