@@ -8,6 +8,7 @@ its share of the time, and no single request may take more than a part of it, so
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def campaign(chosen: argparse.Namespace) -> ExitCode:
         session.clear()
         console.print(text, markup=False)
 
-    plan = Plan(budget_s)
+    begin = time.monotonic()
     home = Home(Path(chosen.out), lambda text: console.print(text, markup=False))
     with Session("campaign", name, chosen.threads, chosen.quiet, home.path) as session:
         home.open(session.run, session.about["identity"])
@@ -66,6 +67,12 @@ def campaign(chosen: argparse.Namespace) -> ExitCode:
             session.check_user_files(loaded, {p.op: p for p in problems})
         else:
             tell(f"going on in {home.folder}: {len(home.steps)} finished steps are not repeated")
+        sensor = sensors.find_sensor(session.device)
+        plan = Plan(budget_s - (time.monotonic() - begin), "energy" if isinstance(sensor, Energy) else "")
+        if isinstance(sensor, Energy):
+            tell(f"energy: unavailable({sensor.reason})")
+            if not home.done("energy"):
+                home.finish("energy", "energy", "unavailable", reason=sensor.reason)
         work = Campaign(session, home, plan, problems, field, chosen.seed)
         work.free_bytes = session.device.memory_bytes().free
         try:
@@ -82,21 +89,16 @@ def campaign(chosen: argparse.Namespace) -> ExitCode:
 def _phases(work: Campaign, say: Callable[[str], None]) -> None:
     """All phases in order; one whose steps are all done takes no time.
 
-    A step that is under way when its phase is over may take as long again, out of what the later phases have; then
-    it is broken off, without an outcome, and they begin.
+    A step that is under way at a phase's end has some time more (`Plan.break_off`); then it is broken off, without
+    an outcome, and the next phase begins.
     """
     for phase, walk in PHASES.items():
         seconds = work.plan.enter(phase)
-        if phase == "energy":
-            sensor = sensors.find_sensor(work.session.device)
-            if isinstance(sensor, Energy):
-                if not work.home.done(phase):
-                    work.home.finish(phase, phase, "unavailable", reason=sensor.reason)
-                say(f"energy: unavailable({sensor.reason})")
-                continue
+        if work.plan.shares[phase] == 0.0:
+            continue
         say(f"{work.plan.spent():4.0f} s  {phase}: up to {seconds:.0f} s")
         work.session.lab.patience_s = work.patience_s(seconds)
-        work.session.lab.until = min(work.plan.end, work.plan.until + max(seconds, LEAST_S))
+        work.session.lab.until = work.plan.break_off()
         try:
             walk(work)
         except OutOfTime as late:

@@ -14,6 +14,7 @@ from rooftune.results.record import SCHEMA, Record, from_json
 
 # Phases in order, and their shares of the time. What a phase leaves over goes to those after it.
 SHARES = {"probe": 0.05, "check": 0.2, "race": 0.22, "tune": 0.3, "final": 0.14, "energy": 0.09}
+LEAST_GRACE_S = 10.0  # of a step that is under way when its phase is over
 LIMIT_BYTES = 16 * 2**20  # of the folder: what is carried home
 LEAN_BYTES = 11 * 2**20  # from here on records keep no raw rounds
 FULL_BYTES = 14 * 2**20  # from here on nothing is tuned any more
@@ -24,21 +25,30 @@ class Plan:
     """A budget that began when this was made; phases are entered in the order of `SHARES`.
 
     Args:
+        without: a phase that there will not be; its share goes to the others.
         clock: seconds that only grow; simulated in tests.
     """
 
-    def __init__(self, budget_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, budget_s: float, without: str = "", clock: Callable[[], float] = time.monotonic) -> None:
         self.budget_s, self.clock, self.begin = budget_s, clock, clock()
+        self.shares = {phase: 0.0 if phase == without else share for phase, share in SHARES.items()}
         self.end = self.begin + budget_s
-        self.phase, self.until = "", self.begin
+        self.phase, self.entered, self.until = "", self.begin, self.begin
 
     def enter(self, phase: str) -> float:
         """Begin a phase; returns the seconds it may take."""
-        names = list(SHARES)
-        ahead = sum(SHARES[name] for name in names[names.index(phase) :])
-        allowed = max(0.0, self.end - self.clock()) * SHARES[phase] / ahead
-        self.phase, self.until = phase, self.clock() + allowed
+        names = list(self.shares)
+        ahead = sum(self.shares[name] for name in names[names.index(phase) :])
+        allowed = max(0.0, self.end - self.clock()) * self.shares[phase] / ahead if ahead else 0.0
+        self.phase, self.entered = phase, self.clock()
+        self.until = self.entered + allowed
         return allowed
+
+    def break_off(self) -> float:
+        """The moment at which a step that is under way is broken off: when its phase has taken as long again, but
+        no more than half of what the later phases have."""
+        later = max(0.0, self.end - self.until)
+        return self.until + min(max(self.until - self.entered, LEAST_GRACE_S), later / 2 if later else 0.0)
 
     def left(self) -> float:
         """Seconds of this phase."""

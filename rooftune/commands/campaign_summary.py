@@ -32,7 +32,12 @@ def show(work: Campaign, console: Console) -> None:
     store.atomic_write(work.home.folder / "summary.json", json.dumps(data, indent=1) + "\n")
     store.atomic_write(work.home.folder / "summary.md", markdown(work, rows, told))
     size = work.home.used() / 2**20
-    console.print(f"  {work.home.folder}: {size:.2f} MiB; the log is {work.home.path.name}", markup=False, style="dim")
+    kept = f"{work.home.folder}: {size:.2f} MiB; to keep it on record: cp {work.home.path} results/reference/"
+    console.print(f"  {kept}", markup=False, style="dim", soft_wrap=True)
+    if (table := work.home.folder / "tuned.json").exists():
+        console.print(
+            f"  tuned configs are used with ROOFTUNE_TABLE={table}", markup=False, style="dim", soft_wrap=True
+        )
 
 
 HEADER = (

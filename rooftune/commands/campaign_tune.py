@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from rooftune import race
@@ -16,8 +19,8 @@ from rooftune.lab import OutOfTime
 from rooftune.registry import Impl
 from rooftune.results.record import Record
 
-LEAST_TUNE_S = 12.0  # a slice below this is spent on starting processes
-FINAL_S = 10.0  # of a tuning's own final; corrected by what it took
+LEAST_TUNE_S = 30.0  # a slice below this is spent on starting processes
+FINAL_S = 20.0  # of a tuning's own final, in two fresh processes; corrected by what it took
 # 18 s a competitor; the 63 of the whole protocol (metering.py) do not fit
 ENERGY = {"windows": 3, "window_s": 4.0, "idle_s": 2.0, "warm_s": 2.0}
 
@@ -34,8 +37,24 @@ def tune(work: Campaign) -> None:
             break
         budget_s = max(2.0, slice_s - final_s)
         begin = work.plan.clock()
-        _tune(work, impl, problem, budget_s)
+        with _no_longer_than(work, 1.5 * slice_s):
+            _tune(work, impl, problem, budget_s)
         final_s = max(3.0, 0.5 * final_s + 0.5 * (work.took(begin) - budget_s))
+
+
+@contextlib.contextmanager
+def _no_longer_than(work: Campaign, seconds: float) -> Iterator[None]:
+    """A tuning that overruns is broken off, and the next one begins; its journal stays, so that it can be resumed."""
+    lab = work.session.lab
+    phase_end, mine = lab.until, time.monotonic() + seconds
+    lab.until = min(phase_end, mine)
+    try:
+        yield
+    except OutOfTime:
+        if mine >= phase_end:
+            raise
+    finally:
+        lab.until = phase_end
 
 
 def _missing(work: Campaign) -> dict[tuple[Impl, Problem], float]:
