@@ -6,9 +6,9 @@ Importing this module defines a torch custom op `rooftune::<operator>` for every
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Sequence
 from functools import cache, partial
+from threading import get_ident
 from typing import Any
 
 from rooftune import registry
@@ -48,7 +48,7 @@ def best(
         UsageError: no such problem, or tensors that do not fit the operator.
     """
     # A kernel may own workspaces, so a thread never gets another thread's.
-    key = (what, device, precision, threads, threading.get_ident(), *flags.items())
+    key = (what, device, precision, threads, get_ident(), *flags.items())
     for tensor in tensors:
         key += (tensor.shape, tensor.dtype, tensor.device)
     found = _kernels.get(key)
@@ -90,12 +90,14 @@ def call(op: str, *tensors: Any, precision: str | None = None, **flags: Any) -> 
     Raises:
         UsageError: no such operator, or tensors that do not fit it.
     """
-    if not _torch.compiler.is_compiling():
+    if not _is_compiling():
+        key = (op, None, precision, None, get_ident(), *flags.items())  # as in `best`, without its second walk
         for t in tensors:
-            if (t.requires_grad and _torch.is_grad_enabled()) or type(t) not in _PLAIN or not t.is_contiguous():
+            if (t.requires_grad and _is_grad_enabled()) or type(t) not in _PLAIN or not t.is_contiguous():
                 break
+            key += (t.shape, t.dtype, t.device)
         else:  # nobody but the kernel has to know about the call
-            return best(op, *tensors, precision=precision, **flags).fresh(*tensors)
+            return (_kernels.get(key) or best(op, *tensors, precision=precision, **flags)).fresh(*tensors)
     return getattr(_torch.ops.rooftune, op).default(list(tensors), _text(flags), precision or "")
 
 
@@ -180,3 +182,4 @@ def _backward(op: str, ctx: Any, gradient: Any) -> tuple[Any, None, None]:
 _library = _register()  # owns the definitions: they go when it goes
 _torch = importlib.import_module("torch")  # `call` cannot afford an import statement: 0.4 us
 _PLAIN = (_torch.Tensor, _torch.nn.Parameter)
+_is_compiling, _is_grad_enabled = _torch.compiler.is_compiling, _torch.is_grad_enabled
