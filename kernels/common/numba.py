@@ -199,10 +199,11 @@ class Emit:
         how = (1, 3, 1) if write else (0, 2, 1)  # write, locality (3: L1, 2: L2), data
         b.call(fetch, [b.inttoptr(address, I8.as_pointer()), *(ir.Constant(I32, x) for x in how)])
 
-    def aligned(self, address: Value, dtype: str) -> Value:
-        """Whether a vector may be streamed to this address."""
-        rest = self.builder.and_(address, self.index(self.width * ITEM[dtype] - 1))
-        return self.builder.icmp_signed("==", rest, self.index(0))
+    def to_aligned(self, address: Value, dtype: str) -> Value:
+        """How many elements after this address a vector may first be streamed."""
+        item = ITEM[dtype]
+        rest = self.builder.and_(self.builder.neg(address), self.index(self.width * item - 1))
+        return self.builder.udiv(rest, self.index(item))
 
     def gather(self, addresses: State, dtype: str) -> Value:
         kind = {"fp32": F32, "fp16": HALF, "bf16": I16, "int8": I8}[dtype]
@@ -351,12 +352,18 @@ class Emit:
         return index, values
 
     def row(
-        self, n: Value, neutral: Sequence[float], body: Callable[[Chunk, State], State], unroll: int = 1
+        self,
+        n: Value,
+        neutral: Sequence[float],
+        body: Callable[[Chunk, State], State],
+        unroll: int = 1,
+        begin: Value | None = None,
     ) -> list[list[Value]]:
         """Visit a row of n elements by vectors: state = body(chunk, state), `unroll` independent states.
 
         A rest is visited as the last `width` elements with those seen before masked; a row shorter than a
-        vector lane by lane. Returns for each value of the state its `unroll` vectors.
+        vector lane by lane. Returns for each value of the state its `unroll` vectors. `begin`, for a body
+        without state: vectors begin at this element (less than a vector from 0), after one at 0.
         """
         width, b, zero = self.width, self.builder, self.index(0)
         count = len(neutral)
@@ -368,7 +375,11 @@ class Emit:
                 chunks = (Chunk(self, b.add(at, self.index(u * width)), None) for u in range(unroll))
                 return list(itertools.chain(*(body(c, s) for c, s in zip(chunks, parts, strict=True))))
 
-            at, state = self.loop(zero, n, unroll * width, start * unroll, several)
+            if begin is not None:
+                every = ir.Constant(ir.VectorType(I1, width), [True] * width)
+                head = Chunk(self, zero, every)
+                self.branch(b.icmp_signed(">", begin, zero), lambda: body(head, []), list)
+            at, state = self.loop(zero if begin is None else begin, n, unroll * width, start * unroll, several)
             if unroll > 1:
                 at, first = self.loop(at, n, width, state[:count], lambda i, s: body(Chunk(self, i, None), s))
                 state = [*first, *state[count:]]

@@ -13,8 +13,8 @@ SUMS = {16: 24, 8: 12, 4: 12}  # vectors of sums that leave registers for the op
 
 
 def columns_at_once(rows: int, columns: int) -> int:
-    """How many rows of b meet `rows` rows of a in one pass: a divisor of `columns`, at most 8 streams."""
-    most = min(8, SUMS[vector_width()] // rows)
+    """How many rows of b meet `rows` rows of a in one pass: a divisor of `columns`, at most 4 streams of memory."""
+    most = min(4, SUMS[vector_width()] // rows)
     return max(c for c in range(1, max(1, most) + 1) if columns % c == 0)
 
 
@@ -40,7 +40,7 @@ def dots(dtype: str, rows: int, group: int, columns: int) -> Any:
                 out += [e.fma(x, y[j], sums[i * group + j]) for j in range(group)]
             return out
 
-        sums = e.row(k, [0.0] * (rows * group), step)
+        sums = e.row(k, [0.0] * (rows * group), step, max(1, 8 // (rows * group)))  # 8 cover the latency of an FMA
         for i in range(rows):
             for j in range(group):
                 e.store_raw(e.total(sums[i * group + j]), b.add(c, e.index((i * columns + j) * 4)), 4)

@@ -86,23 +86,15 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahea
             root = e.call("llvm.sqrt.f32", F32, [b.fadd(mean, ir.Constant(F32, EPS))])
             scales.append(e.splat(b.fdiv(ir.Constant(F32, 1.0), root)))
 
-        def normalise(past_caches: bool) -> State:
-            for r in every:  # row by row: stores past the caches have to fill whole lines
+        for r in every:  # row by row: stores past the caches have to fill whole lines
 
-                def body(chunk: Chunk, state: State, r: int = r) -> State:
-                    value, factor = b.fmul(centred(chunk, r), scales[r]), chunk.load(weight, dtype)
-                    value = b.fmul(value, factor) if rms else e.fma(value, factor, chunk.load(bias, dtype))
-                    chunk.store(value, outs[r], dtype, past_caches, short_nans=True)
-                    return []
+            def normalise(chunk: Chunk, state: State, r: int = r) -> State:
+                value, factor = b.fmul(centred(chunk, r), scales[r]), chunk.load(weight, dtype)
+                value = b.fmul(value, factor) if rms else e.fma(value, factor, chunk.load(bias, dtype))
+                chunk.store(value, outs[r], dtype, stream, short_nans=True)
+                return []
 
-                e.row(n, [], body, unroll)
-            return []
-
-        if stream:
-            even = [e.aligned(place, dtype) for place in outs]
-            e.branch(e.tree(even, b.and_), lambda: normalise(True), lambda: normalise(False))
-        else:
-            normalise(False)
+            e.row(n, [], normalise, unroll, e.to_aligned(outs[r], dtype) if stream else None)
 
     return intrinsic([types.int64] * 5, emit)
 

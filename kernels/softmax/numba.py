@@ -86,22 +86,14 @@ def row_kernel(dtype: str, unroll: int, rows: int, keep: bool, stream: bool, ahe
         totals = [e.total(some) for some in e.row(n, [0.0] * rows, add, unroll)]
         factors = [e.splat(b.fdiv(total.type(1.0), total)) for total in totals]
 
-        def scale(past_caches: bool) -> State:
-            for r in every:  # row by row: stores past the caches have to fill whole lines
+        for r in every:  # row by row: stores past the caches have to fill whole lines
 
-                def body(chunk: Chunk, state: State, r: int = r) -> State:
-                    value = chunk.load(kept[r], "fp32") if keep else exponential(chunk, r)
-                    chunk.store(b.fmul(value, factors[r]), outs[r], dtype, past_caches, short_nans=True)
-                    return []
+            def scale(chunk: Chunk, state: State, r: int = r) -> State:
+                value = chunk.load(kept[r], "fp32") if keep else exponential(chunk, r)
+                chunk.store(b.fmul(value, factors[r]), outs[r], dtype, stream, short_nans=True)
+                return []
 
-                e.row(n, [], body, unroll)
-            return []
-
-        if stream:
-            even = [e.aligned(place, dtype) for place in outs]
-            e.branch(e.tree(even, b.and_), lambda: scale(True), lambda: scale(False))
-        else:
-            scale(False)
+            e.row(n, [], scale, unroll, e.to_aligned(outs[r], dtype) if stream else None)
 
     return intrinsic([types.int64] * 4, emit)
 
