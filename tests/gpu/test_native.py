@@ -40,6 +40,8 @@ def test_a_gpu_competitor_passes_the_whole_gate_on_the_device(lab: Lab, impl: Im
     big: Problem = evidence.compile_problem(impl.op, precision)
     for problem in (registry.problem(registry.op(impl.op).small(precision)[0]), big):
         reply = lab.prepare(impl, problem, lab.space(impl, problem)["default"], seed=21)
+        if reply.status == Status.SKIPPED and "sm_" in reply.reason:
+            pytest.skip(reply.reason)  # instructions that another GPU has
         assert reply.status == Status.OK, f"{problem}: {reply.status}: {reply.reason}"
         timed = lab.time(impl, reply.data["handle"], seed=22)
         assert timed.ok, timed.reason

@@ -5,8 +5,9 @@
 // late, or as early, as the hardware may be: the order of threads says which (forward: copies land when all
 // threads wait, products read their operands at their wait; reverse: soon, at issue; random: either), so a
 // missing wait and a buffer given back too early show.
-// Not modelled: registers between warpgroups, and the tensor cores' rounding inside a sum (they keep fewer
-// bits than fp32 in fp8).
+// Not modelled: registers between warpgroups, that the four warps of a warpgroup issue the same product, memory
+// order between blocks of a cluster, products from shared memory that ordinary instructions wrote, and the tensor
+// cores' rounding inside a sum (in fp8 they keep fewer bits than fp32).
 #pragma once
 
 namespace rt {
