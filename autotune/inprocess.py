@@ -10,7 +10,7 @@ from typing import Any
 
 from rooftune import device as devices
 from rooftune import registry
-from rooftune.check import Run, generator
+from rooftune.check import Run, generator, settle
 from rooftune.core import PRECISIONS, Config, Op, Problem, UsageError
 from rooftune.registry import Impl
 
@@ -30,9 +30,7 @@ class Kernel:
     run: Run
 
     def __call__(self, out: Any, *inputs: Any) -> None:
-        result = self.run(out, *inputs)
-        if result is not None:  # a torch call that can only allocate
-            out.copy_(result)
+        settle(self.run(out, *inputs), out)  # a torch call that can only allocate returns what belongs in out
 
 
 def build(problem: Problem, key: str, config: Config | None, why: str) -> Kernel:
