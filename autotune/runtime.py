@@ -86,7 +86,7 @@ class Kernel:
                 raise UsageError(f"{self.problem}: {_seen(tensor)}, expected contiguous {list(shape)} {dtype}")
         result = self.run(out, *inputs)
         if result is not None:
-            out.copy_(result)
+            out.copy_(_joined(result, out))
 
     def fresh(self, *inputs: Any) -> Any:
         """A new output tensor with the result. The inputs are not checked."""
@@ -97,7 +97,16 @@ class Kernel:
             return out
         if spare is None:  # it allocates its result: from now on it gets an empty tensor of that type
             self.spare["out"] = out[:0]
+        return _joined(result, out)
+
+
+def _joined(result: Any, out: Any) -> Any:
+    """What a call returned as one tensor: several results are rows of one output, one below the other."""
+    if not isinstance(result, tuple):
         return result
+    import torch
+
+    return torch.cat([part.reshape(-1, out.shape[-1]) for part in result])
 
 
 def _seen(tensor: Any) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from rooftune import check, registry
+from rooftune.autotune.inprocess import Kernel
 from rooftune.core import Problem
 from rooftune.kernels.layernorm import EPS
 
@@ -107,3 +108,13 @@ def test_a_returned_tuple_is_put_below_one_another() -> None:
     assert out[:, 0].tolist() == [1, 1, 1, 2, 3]
     with pytest.raises(TypeError, match="instead of"):
         check.settle((torch.ones(3, 4), torch.ones(4)), out)
+
+
+def test_a_backward_call_that_returns_its_parts_serves_in_this_process_too() -> None:
+    problem, tensors, value = _given("layernorm_bwd[m=6,n=9]")
+    module = registry.impl("layernorm_bwd/torch").load()
+    config = module.SPACE.default_for(problem)
+    kernel = Kernel(problem, "layernorm_bwd/torch", config, "a test", module.build(problem, config))
+    out = torch.empty(8, 9)
+    kernel(out, *tensors)
+    assert torch.allclose(out.double(), value, atol=1e-5)
