@@ -26,7 +26,7 @@ WIDTH = 3  # most coordinates of an axis: size, alignment, is a power of two
 CODES = 4  # integers 0..n-1 are codes, up to this many: a count that starts at 0 tends to go on further
 MAX_ALIGN = 6  # 64 bytes or lanes: more alignment gains nothing
 SIDE = 0.5  # weight of alignment and powers of two beside the size, where a start has to spread
-PAIRS = 24  # most derived axes, in the order of the axes: each costs the process a parameter
+PAIRS = 12  # most derived axes, in the order of the axes: each costs the process a parameter
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Flags = npt.NDArray[np.bool_]
 
 STEPS = 30, 12  # gradient steps per fit, with few outcomes and with MANY: fits start from the last one
 MANY = 50
-GLOBAL, PAIRS = 800, 500  # candidates a step: random ones, and ones two axes away from the best
+GLOBAL, PAIRS = 600, 400  # candidates a step: random ones, and ones two axes away from the best
 FAR = 3  # axes: a config that differs on as many lies in another region
 SLOW = 0.75  # quantile of log times above which they are compressed
 EXPECTED = 200  # candidates a step that a trend expects to be fast
@@ -78,7 +78,7 @@ class Surrogate:
 
     def _learn(self, done: Rows, targets: list[Array]) -> None:
         few = len(done) < MANY
-        every = 3 if few else 4 if len(done) < 2 * MANY else 8  # the cost of a fit grows faster than its use
+        every = 3 if few else 6 if len(done) < 2 * MANY else 20  # the cost of a fit grows faster than its use
         at = self._features.at[done]
         for i, (process, y) in enumerate(zip(self._processes, targets, strict=True)):
             if (self._step + i) % every == 1 or not process.ready:
