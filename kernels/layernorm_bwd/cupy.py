@@ -23,7 +23,7 @@ ADD_THREADS = 256
 def _spread(config: Config, problem: Problem) -> bool:
     """Not more blocks than there are rows for."""
     groups = config["num_threads"] // config["threads_per_row"]
-    return bool(config["blocks"] == 128 or config["blocks"] * groups <= problem["m"])
+    return bool(config["blocks"] == 32 or config["blocks"] * groups <= problem["m"])
 
 
 def _space() -> Space:
@@ -35,10 +35,10 @@ def _space() -> Space:
         if config["threads_per_row"] > 512:  # 1024 threads have 64 registers each: not even 8 places
             config |= {"threads_per_row": 512, "num_threads": 512}
         groups = config["num_threads"] // config["threads_per_row"]
-        blocks = max((b for b in (128, 256, 512) if b * groups <= problem["m"]), default=128)
+        blocks = max((b for b in (128, 256, 512) if b * groups <= problem["m"]), default=32)
         return {**config, "blocks": blocks}
 
-    axes = {**base.axes, "blocks": (128, 256, 512, 1024)}
+    axes = {**base.axes, "blocks": (32, 128, 256, 512, 1024)}
     return Space(axes=axes, where=(*base.where, _spread), default=default)
 
 

@@ -159,15 +159,16 @@ def _ahead(config: Config, problem: Problem) -> bool:
 
 def _spread(config: Config, problem: Problem) -> bool:
     """Not more programs than blocks of rows, below which a count is another's equal."""
-    return config["programs"] == 128 or bool(config["programs"] * config["block_m"] <= problem["m"])
+    return config["programs"] == 32 or bool(config["programs"] * config["block_m"] <= problem["m"])
 
 
 def _default(problem: Problem) -> Config:
     whole = row_block(problem["n"])
-    programs = max((p for p in (128, 256, 512) if p <= problem["m"]), default=128)
-    if whole > 16 * 32 * HELD // 2:
+    chunked = whole > 16 * 32 * HELD // 2
+    rows = 1 if chunked else min(power_of_two(problem["m"]), max(1, 512 // whole))
+    programs = max((p for p in (128, 256, 512) if p * rows <= problem["m"]), default=32)
+    if chunked:
         return {"block_m": 1, "block_n": 2048, "num_warps": 8, "num_stages": 2, "programs": programs}
-    rows = min(power_of_two(problem["m"]), max(1, 512 // whole))
     warps = min(16, max(1, rows * whole // (32 * 8)))
     return {"block_m": rows, "block_n": 0, "num_warps": warps, "num_stages": 1, "programs": programs}
 
@@ -178,7 +179,7 @@ SPACE = Space(
         "block_n": (0, 1024, 2048, 4096),
         "num_warps": (1, 2, 4, 8, 16, 32),
         "num_stages": (1, 2, 3),
-        "programs": (128, 256, 512, 1024, 2048),
+        "programs": (32, 128, 256, 512, 1024, 2048),
     },
     where=(_shaped, _holds, _ahead, _spread),
     default=_default,

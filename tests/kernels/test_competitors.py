@@ -114,12 +114,28 @@ def test_gpu_competitors_are_right_when_emulated(lab: Lab, impl: Impl, precision
     assert record.time_s is None
 
 
-def test_a_persistent_product_that_writes_its_tile_in_halves_is_right_when_emulated(lab: Lab) -> None:
-    impl = registry.impl("gemm/triton")
+OTHER_PATHS = {  # configs whose code the default of a small problem does not reach
+    "a tile written in halves": (
+        "gemm/triton",
+        "gemm[m=72,n=136,k=64,transpose=nt,epilogue=bias_gelu,bf16]",
+        {"block_m": 32, "block_n": 64, "block_k": 32, "num_warps": 4, "schedule": "persistent", "subtiles": 2},
+    ),
+    "several rows a program": ("layernorm_bwd/triton", "layernorm_bwd[m=70,n=40,bf16]", {"block_m": 1, "programs": 32}),
+    "several rows a block": (
+        "layernorm_bwd/cupy",
+        "layernorm_bwd[m=70,n=200,fp32]",
+        {"threads_per_row": 64, "num_threads": 64, "vec": 2, "blocks": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", OTHER_PATHS)
+def test_a_path_beside_the_default_is_right_when_emulated(lab: Lab, path: str) -> None:
+    key, text, changes = OTHER_PATHS[path]
+    impl, problem = registry.impl(key), registry.problem(text)
     _need(impl)
-    problem = registry.problem("gemm[m=72,n=136,k=64,transpose=nt,epilogue=bias_gelu,bf16]")
-    small = {"block_m": 32, "block_n": 64, "block_k": 32, "num_warps": 4}
-    config = {**lab.space(impl, problem, "emulate")["default"], **small, "schedule": "persistent", "subtiles": 2}
+    config = {**lab.space(impl, problem, "emulate")["default"], **changes}
+    assert config in lab.space(impl, problem, "emulate")["configs"]
     reply = lab.ask(
         impl, "prepare", evidence.EMULATE_S, "emulate", problem=str(problem), config=config, seed=3, thorough=False
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from rooftune import check, registry
 from rooftune.autotune import inprocess
-from rooftune.core import Problem
+from rooftune.core import Problem, Reference
 from rooftune.kernels.layernorm import EPS
+from rooftune.worker import Handle
 
 
 def _given(text: str) -> tuple[Problem, tuple[torch.Tensor, ...], torch.Tensor]:
@@ -116,3 +119,25 @@ def test_a_backward_call_that_returns_its_parts_serves_in_this_process_too() -> 
     out = torch.empty(8, 9)
     kernel(out, *tensors)
     assert torch.allclose(out.double(), value, atol=1e-5)
+
+
+def test_a_timed_output_in_parts_is_judged_at_all_edges_once_then_at_random() -> None:
+    problem = registry.problem("layernorm_bwd[m=900,n=8]")
+    op = registry.op(problem.op)
+    seen: list[list[int]] = []
+
+    def reference(problem: Problem, tensors: object, rows: list[int]) -> Reference:
+        seen.append(rows)
+        return op.reference(problem, tensors, rows)
+
+    module = registry.impl("layernorm_bwd/torch").load()
+    run = module.build(problem, module.SPACE.default_for(problem))
+    handle = Handle(replace(op, reference=reference), problem, run, "cpu")
+    for seed in range(4):
+        handle.fill(seed)
+        assert handle.out is not None
+        check.settle(run(handle.out.tensor, *handle.tensors), handle.out.tensor)
+        assert handle.verify(seed) == ""
+    assert {0, 899, 900, 901} <= set(seen[0])
+    assert all(len(rows) == 6 for rows in seen[1:])
+    assert not any({900, 901} <= set(rows) for rows in seen[1:])
