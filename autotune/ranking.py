@@ -135,3 +135,8 @@ def prior(
             return None
         scores.append(score if math.isfinite(score) else math.inf)
     return scores
+
+
+def ranker(impl: Impl, problem: Problem, device: Gpu | None) -> Callable[[Sequence[Config]], list[float] | None] | None:
+    """`prior` as a search takes it: configs -> seconds. None without a device that the model knows."""
+    return None if device is None else lambda configs: prior(impl, problem, configs, device)

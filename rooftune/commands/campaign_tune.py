@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from rooftune import race
 from rooftune.autotune import ranking, tuner
@@ -73,9 +71,6 @@ def _missing(work: Campaign) -> dict[tuple[Impl, Problem], float]:
 def _tune(work: Campaign, impl: Impl, problem: Problem, budget_s: float) -> None:
     key = _tune_key(impl, problem)
     name = re.sub(r"[^a-z0-9]+", "-", f"{impl.key} {problem}".lower()).strip("-")
-    how: dict[str, Any] = {}  # a tuner that takes a ranking gets the analytic one: configs -> seconds, or None
-    if work.gpu is not None and "prior" in inspect.signature(tuner.tune).parameters:
-        how["prior"] = lambda configs: ranking.prior(impl, problem, configs, work.gpu) if work.gpu else None
     about = {"impl": impl.key, "problem": str(problem), "budget_s": round(budget_s, 1)}
     try:
         if len(work.session.lab.space(impl, problem)["configs"]) < 2:
@@ -91,8 +86,8 @@ def _tune(work: Campaign, impl: Impl, problem: Problem, budget_s: float) -> None
             identity=work.session.about["identity"],
             options=race.Options(rounds=10, min_sample_s=1e-3),
             table=Table(work.home.folder / "tuned.json"),
+            prior=ranking.ranker(impl, problem, work.gpu),
             event=lambda kind, text: work.session.say(f"tune {impl.key} {problem}: {text}"),
-            **how,
         )
     except OutOfTime:
         raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rooftune import race, registry
-from rooftune.autotune import dispatch, formats, nearest, precisions, search, tuner
+from rooftune.autotune import dispatch, formats, nearest, precisions, ranking, search, tuner
 from rooftune.autotune.formats import Tuning
 from rooftune.autotune.job import Job
 from rooftune.autotune.limits import EFFORTS, Budget
@@ -108,6 +108,8 @@ def _tune_all(
     """Tune each by itself, or all on one budget; then try every winner at the sizes beside its own."""
     jobs: list[Job] = []
     found: dict[int, TuneResult] = {}
+    on_cuda = session.device.kind == "cuda"  # the analytic model knows no other devices
+    gpu = ranking.Gpu.of(session.fingerprint, session.ceilings) if on_cuda else None
     for impl, problem in pairs:
         try:
             job = Job(
@@ -118,6 +120,7 @@ def _tune_all(
                 plan.seed,
                 identity=session.about["identity"],
                 start=tuner.winners_nearby(Table(), impl, problem),
+                prior=ranking.ranker(impl, problem, gpu),
                 history=plan.history,
                 event=_teller(session, f"{problem} {impl.key}"),
             )

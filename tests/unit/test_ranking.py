@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rooftune import registry
-from rooftune.autotune.ranking import Gpu, prior
+from rooftune.autotune.ranking import Gpu, prior, ranker
 from rooftune.core import Resources, UsageError
 
 H200, A100 = Gpu.named("NVIDIA H200"), Gpu.named("NVIDIA A100-SXM4-80GB")
@@ -196,3 +196,11 @@ def test_a_measured_space_is_ordered_better_than_by_chance() -> None:
         return order
 
     assert np.corrcoef(ranks(found), ranks(list(best.values())))[0, 1] > 0.6
+
+
+def test_a_search_gets_the_ranking_only_with_a_device_that_the_model_knows() -> None:
+    impl, problem = registry.impl("gemm/triton"), registry.problem("gemm[m=4096,n=4096,k=4096,bf16]")
+    assert ranker(impl, problem, None) is None
+    rank = ranker(impl, problem, H200)
+    assert rank is not None
+    assert rank([TILE]) == prior(impl, problem, [TILE], H200)
