@@ -238,7 +238,10 @@ def compiled(dtype: str, rows: int, queries: int) -> Any:
             k_pack = scores + tall * queries * 4
             v_pack = k_pack + tall * d * 4
             for task in range(slot, heads * parts, slots):
-                head, begin_tile = task // parts, task % parts * tiles
+                head, part = task // parts, task % parts
+                if head % 2:  # causal parts differ in work: no slot gets the long ones of every head
+                    part = parts - 1 - part
+                begin_tile = part * tiles
                 end_tile = min(begin_tile + tiles, every)
                 for t in range(begin_tile, end_tile):
                     first, packed = t * queries, own + (t - begin_tile) * each

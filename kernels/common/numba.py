@@ -23,7 +23,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
 
 from rooftune.core import UsageError
-from rooftune.kernels.common.numba_exp2 import EXP2, ROUND
+from rooftune.kernels.common.numba_exp2 import EXP2
 
 REQUIRES = ("numba",)
 # OpenMP first: its threads wait by spinning a while, so a kernel of 20 us still gains from a second core.
@@ -40,6 +40,7 @@ Value = Any  # an LLVM value
 State = Sequence[Value]
 
 LOG2E = 1.4426950408889634
+ROUND = 12582912.0 + 127  # 1.5 * 2^23: adding it leaves the nearest whole number, with fp32's bias, in the low bits
 
 
 @cache

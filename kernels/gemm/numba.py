@@ -259,6 +259,9 @@ def build(problem: Problem, config: Config) -> Run:
     height = max(1, min(config["block_m"] // rows, -(-a_panels // threads())))  # panels of a in a task
     depth = min(words, config["block_k"] // form.steps)
     blocks = -(-a_panels // height)
+    if blocks > threads():  # as many for each thread: 7 blocks on 2 threads would take as long as 8
+        height = -(-a_panels // (-(-blocks // threads()) * threads()))
+        blocks = -(-a_panels // height)
     split = max(1, min(b_panels, -(-threads() // blocks)))
     slots = min(threads(), blocks * split)
     room = -(-b_panels // split) * height if words > depth else 1

@@ -58,6 +58,8 @@ CASES = [  # CPU, lanes, format, rows, columns, instruction, register
     ("znver5", 16, Format("bf16", 2), 14, 32, "vdpbf16ps", "zmm"),
     ("znver5", 16, Format("int8", 4, "int32", True), 14, 32, "vpdpbusd", "zmm"),
     ("sapphirerapids", 16, Format("fp32", 1), 14, 32, "vfmadd", "zmm"),
+    ("skylake-avx512", 16, Format("int8", 2, "int32"), 8, 48, "vpmaddwd", "zmm"),
+    ("x86-64", 4, Format("int8", 2, "int32"), 4, 8, "pmaddwd", "xmm"),
     ("sapphirerapids", 16, Format("int8", 4, "int32", True), 8, 48, "vpdpbusd", "zmm"),
 ]
 
