@@ -171,7 +171,7 @@ from cuda_alone.core import Problem
 from cuda_alone.kernels.common.cupy import compile_cubin
 from cuda_alone.kernels.softmax import cupy as ours
 problem, config = Problem.parse(sys.argv[1]), json.loads(sys.argv[2])
-cubin, _ = compile_cubin(ours._kernel(problem, config), "sm_90a")
+cubin, *_ = compile_cubin(ours._kernel(problem, config), "sm_90a")
 print(json.dumps(cubin.stat().st_size))
 """
 

@@ -114,6 +114,7 @@ print(json.dumps(found))
 LAUNCHED = """
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from rooftune.core import Resources
 from rooftune.kernels.common import triton_aot
 from rooftune.kernels.common.triton import Launch, Operand
 
@@ -135,9 +136,12 @@ launch = Launch(mixed, (1,), (Operand("float32"), box, None), (48, 1, 0.5), {"N"
 inputs = (torch.empty(16), box.bind(torch.empty(16)), None)
 source = mixed.warmup(*inputs, *launch.scalars, grid=(1,), **launch.keywords).src
 ours = []
-triton_aot.compile_kernel = lambda kernel, signature, constants, aligned, *rest: ours.extend(
-    [signature, constants, aligned]
-)
+
+def record(kernel, signature, constants, aligned, *rest):
+    ours.extend([signature, constants, aligned])
+    return Resources("sm_90a", None, None, None)
+
+triton_aot.compile_kernel = record
 launch.compile("sm_90a")
 names = list(source.signature)
 found = {
