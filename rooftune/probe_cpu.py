@@ -225,6 +225,9 @@ def ceilings(threads: int, quick: bool = True) -> dict[str, Any]:
         if (matrix[precision]["value"] or 0.0) < best["value"]:
             note = f"fp32 rate ({best['how']}): torch.mm in {precision} is slower"
             matrix[precision] = {**best, "how": note}
+    if (matrix["int8"]["value"] or 0.0) < 2 * (vector["value"] or 0.0):  # Zen 3: 1.4 GOP/s a core, and 146 are reached
+        note = f"twice the fp32 FMA rate ({vector['how']}): pmaddwd adds two products a lane; torch._int_mm is slower"
+        matrix["int8"] = {**vector, "value": 2 * vector["value"], "unit": "TOP/s", "how": note}
     matrix["tf32"] = missing("TFLOP/s", "a CPU has no tf32")
     matrix["fp8"] = missing("TFLOP/s", "torch does not multiply fp8 on a CPU")
     return {"copy": _copies(threads, samples), "matrix": matrix, "vector": {"fp32": vector}, "datasheet": None}

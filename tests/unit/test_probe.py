@@ -98,6 +98,7 @@ def test_cpu_ceilings_are_complete_and_plain_data(monkeypatch: pytest.MonkeyPatc
         assert made["value"] is None or (made["value"] > 0 and math.isfinite(made["value"]) and made["how"])
     for precision in ("fp32", "bf16", "fp16", "int8"):
         assert found["matrix"][precision]["value"]
+    assert found["matrix"]["int8"]["value"] >= 2 * (found["vector"]["fp32"]["value"] or 0)
     assert found["matrix"]["fp16"]["value"] >= max(
         found["matrix"]["fp32"]["value"], found["vector"]["fp32"]["value"] or 0
     )
