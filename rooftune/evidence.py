@@ -221,7 +221,7 @@ def gather(
     languages = dict.fromkeys(impl.language or impl.key for impl in impls)
     groups = [
         [(i, p, what) for i in impls if (i.language or i.key) == name for p in precisions if p in i.precisions]
-        for what in ("emulate", "compile")
+        for what in ("compile", "emulate")  # compiling for all architectures takes longest, so it starts first
         for name in languages
     ]
     with ThreadPoolExecutor(2) as pool:

@@ -60,16 +60,18 @@ def measure(
     console: Any,
     extra: dict[Problem, list[race.Entrant]] | None = None,
     records: list[Record] | None = None,
+    seen: set[Any] | None = None,
 ) -> list[Record]:
     """Race the problems one after another; records are stored and shown as soon as a problem is done.
 
-    `records` is extended as they come, so that an interrupt leaves the caller what there is.
+    `records` is extended as they come, so that an interrupt leaves the caller what there is. `seen`: who passed the
+    thorough check already, as `race.prepare`.
     """
     from rooftune.results import report
 
     ceilings = session.ceilings
     records = [] if records is None else records
-    seen: set[Any] = set()
+    seen = set() if seen is None else seen
     absent = [i for impls in field.values() for i in impls if session.device.kind not in i.devices]
     standing = {key: str(found) for key, found in evidence.on_record(absent).items()}
     started = time.monotonic()
@@ -96,7 +98,12 @@ def measure(
 
 
 def prove(
-    session: Session, field: dict[str, list[Impl]], precisions: Sequence[str], seed: int, thorough: bool
+    session: Session,
+    field: dict[str, list[Impl]],
+    precisions: Sequence[str],
+    seed: int,
+    thorough: bool,
+    archs: Sequence[str] = evidence.ARCHITECTURES,
 ) -> list[Record]:
     """Emulate and compile the competitors that cannot run on this device."""
     absent = [i for impls in field.values() for i in impls if session.device.kind not in i.devices]
@@ -104,7 +111,7 @@ def prove(
     if not absent:
         return []
     proofs = evidence.gather(
-        session.lab, absent, precisions, seed, thorough=thorough, event=lambda kind, text: session.say(f"{kind} {text}")
+        session.lab, absent, precisions, seed, archs, thorough, lambda kind, text: session.say(f"{kind} {text}")
     )
     session.keep(proofs)
     return proofs

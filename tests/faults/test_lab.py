@@ -141,7 +141,7 @@ def test_killing_the_parent_takes_the_workers_along(tmp_path: Path, kernel) -> N
 def test_an_interrupted_run_says_so_and_keeps_its_file(tmp_path: Path, kernel, signum: signal.Signals) -> None:  # type: ignore[no-untyped-def]
     path = kernel("time.sleep(0.02)\n" + "torch.softmax(x, -1, out=out)")
     out = tmp_path / "out.jsonl"
-    problems = ["softmax[m=16,n=64]", "softmax[m=16,n=65]", "softmax[m=16,n=66]"]
+    problems = [f"softmax[m=16,n={64 + i}]" for i in range(12)]
     command = [
         sys.executable,
         "bench.py",
@@ -156,7 +156,15 @@ def test_an_interrupted_run_says_so_and_keeps_its_file(tmp_path: Path, kernel, s
     ]
     command += ["--rounds", "20", "--evidence", "none", "--json", str(out)]
     env = {**os.environ, "ROOFTUNE_RESULTS_DIR": str(tmp_path / "runs")}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
+    )
     log = lambda: next(iter((tmp_path / "runs").rglob("*.jsonl")), None)  # noqa: E731
     assert _wait_for(
         lambda: log() is not None and '"impl": "softmax/mine"' in log().read_text().replace('":"', '": "'), 240.0
