@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -129,6 +130,52 @@ def test_missing_columns_say_why() -> None:
     assert "nothing was timed" in text
     few = [record(tie=True, time_ci_s=None), record("b", tie=True, time_ci_s=None)]
     assert "too few rounds" in shown(few)
+
+
+WITH_GOAL = [
+    record("torch", 5e-4, config={"call": "softmax"}, ratio_to_torch=1.0, ratio_ci=[1.0, 1.0], roof=0.5, possible=2.0),
+    record("a", 4e-4, ratio_to_torch=1.25, ratio_ci=[1.21, 1.3], possible=2.0, goal=1.2, tie=True),
+    record("b", 4.1e-4, ratio_to_torch=1.22, ratio_ci=[1.19, 1.25], possible=2.0, goal=1.2),
+    record("c", 4.9e-4, ratio_to_torch=1.02, ratio_ci=[1.01, 1.03], possible=2.0, goal=1.2),
+    record("few", 4.9e-4, ratio_to_torch=1.02, ratio_ci=None, possible=2.0, goal=1.2),
+    lost("bad", "failed(compile)", "no such header"),
+]
+
+
+def test_a_suites_goal_is_reached_open_or_missed_in_every_row() -> None:
+    text = shown(WITH_GOAL)
+    assert [row_of(text, name)[6] for name in ("a ", "b ", "c ", "few", "torch", "bad")] == [
+        *("reached", "open", "missed", "open", "", ""),
+    ]
+    assert row_of(text, "competitor")[6] == "goal 1.2x"
+    assert "goal: 1.2x of torch; at most 2.00x is possible, as torch is at 50% of the measured roof" in text
+    assert "out of reach" not in text
+    assert "goal" not in shown(RACE)
+
+
+def test_a_goal_above_the_roof_is_said_to_be_out_of_reach() -> None:
+    near = [
+        replace(WITH_GOAL[0], roof=0.88, possible=1 / 0.88),
+        *(replace(r, possible=1 / 0.88, regime=r.regime | {"roof": "matrix rate fp32"}) for r in WITH_GOAL[1:4]),
+    ]
+    text = shown(near)
+    assert [row_of(text, name)[6] for name in ("a ", "b ", "c ")] == ["reached", "out of reach", "out of reach"]
+    assert "at most 1.14x is possible, as torch is at 88% of the measured roof (matrix rate fp32): out of reach" in text
+    unknown = shown([record("a", possible=None, goal=1.2)])
+    assert "whether it can be reached is not known" in unknown
+
+
+def test_markdown_and_csv_of_a_suite_with_goals() -> None:
+    lines = export.to_markdown(WITH_GOAL).splitlines()
+    assert lines[0].split(" | ")[-3:-1] == ["at most", "goal"]
+    assert [line.split(" | ")[-3:-1] for line in (lines[3], lines[4])] == [
+        ["2.00x", "1.2x reached"],
+        ["2.00x", "1.2x open"],
+    ]
+    assert len({line.count("|") for line in lines}) == 1
+    rows = list(csv.DictReader(io.StringIO(export.to_csv(WITH_GOAL))))
+    assert (rows[1]["possible"], rows[1]["goal"], rows[0]["goal"]) == ("2.0", "1.2", "")
+    assert "at most" not in export.to_markdown(RACE)
 
 
 def test_devices_and_evidence_are_never_mixed() -> None:
