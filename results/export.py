@@ -23,7 +23,7 @@ from rooftune.results.store import seal
 COLUMNS = (
     *("problem", "op", "shape", "precision", "impl", "config", "default", "status", "reason", "evidence"),
     *("time_s", "time_lo_s", "time_hi_s", "ratio_to_torch", "ratio_lo", "ratio_hi", "tie", "tflops", "gbps", "roof"),
-    *("possible", "goal"),
+    *("ratio_at_roof", "goal"),
     *("rel_fro", "max_error", "joules", "energy_method", "device", "run", "id", "source_hash"),
 )
 MAX_ANNOTATIONS = 10  # GitHub shows this many of a level a step
@@ -95,14 +95,14 @@ def to_markdown(records: Iterable[Record]) -> str:
         figures = ("time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")
         rows = [_measured_row(r) for r in measured]
         columns = ["problem", "competitor", "status", *figures]
-        if any(r.goal is not None for r in measured):  # whether it is reached, and the largest ratio that could be
-            columns[-1:-1] = ["at most", "goal"]
+        if any(r.goal is not None for r in measured):  # whether it is reached, and the ratio at the roof
+            columns[-1:-1] = ["at roof", "goal"]
             for row, r in zip(rows, measured, strict=True):
                 row[-1:-1] = [
-                    "" if r.possible is None else f"{r.possible:.2f}x",
+                    "" if r.ratio_at_roof is None else f"{r.ratio_at_roof:.2f}x",
                     "" if r.goal is None else f"{r.goal:g}x {goals.outcome(r)}".strip(),
                 ]
-        parts.append(markdown(columns, rows, ("at most", *figures)))
+        parts.append(markdown(columns, rows, ("at roof", *figures)))
     for evidence in (Evidence.EMULATED, Evidence.COMPILED):
         if found := by_evidence.get(evidence):
             error = ("error",) if evidence == Evidence.EMULATED else ()

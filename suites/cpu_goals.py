@@ -3,7 +3,7 @@
 The shapes are those of the goals (ratios to torch; `--threads 1 --clock cpu`): products of 512 to 2048, the
 attention of a small encoder and of two decoders, rows inside the caches and beyond the last level. The goals come
 from prototypes on a Zen 5 core with AVX-512; where torch is near the roof of another CPU, the report says that a
-goal is out of reach.
+goal lies above it.
 """
 
 GOALS = {
