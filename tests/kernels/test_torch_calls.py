@@ -1,6 +1,6 @@
 """torch's calls on a CPU: where one form fills a given output and one makes a new one, both race and both are right."""
 
-# ruff: noqa: E402  # nothing below can be imported where torch is missing
+# nothing below can be imported where torch is missing
 from __future__ import annotations
 
 import importlib.util
