@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from rooftune.core import Evidence, Status
+from rooftune.results import goals
 from rooftune.results.compare import COMPARED, ERRORS, OPEN, Cell, Verdict, explain
 from rooftune.results.record import Record
 from rooftune.results.report import format_time, name_of
@@ -22,6 +23,7 @@ from rooftune.results.store import seal
 COLUMNS = (
     *("problem", "op", "shape", "precision", "impl", "config", "default", "status", "reason", "evidence"),
     *("time_s", "time_lo_s", "time_hi_s", "ratio_to_torch", "ratio_lo", "ratio_hi", "tie", "tflops", "gbps", "roof"),
+    *("ratio_at_roof", "goal"),
     *("rel_fro", "max_error", "joules", "energy_method", "device", "run", "id", "source_hash"),
 )
 MAX_ANNOTATIONS = 10  # GitHub shows this many of a level a step
@@ -90,9 +92,17 @@ def to_markdown(records: Iterable[Record]) -> str:
         by_evidence.setdefault(str(record.evidence), []).append(record)
     parts = []
     if measured := by_evidence.get(Evidence.MEASURED):
-        header = ("problem", "competitor", "status", "time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")
+        figures = ("time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")
         rows = [_measured_row(r) for r in measured]
-        parts.append(markdown(header, rows, ("time", "TFLOP/s", "GB/s", "roof", "vs torch (95 %)", "error")))
+        columns = ["problem", "competitor", "status", *figures]
+        if any(r.goal is not None for r in measured):  # whether it is reached, and the ratio at the roof
+            columns[-1:-1] = ["at roof", "goal"]
+            for row, r in zip(rows, measured, strict=True):
+                row[-1:-1] = [
+                    "" if r.ratio_at_roof is None else f"{r.ratio_at_roof:.2f}x",
+                    "" if r.goal is None else f"{r.goal:g}x {goals.outcome(r)}".strip(),
+                ]
+        parts.append(markdown(columns, rows, ("at roof", *figures)))
     for evidence in (Evidence.EMULATED, Evidence.COMPILED):
         if found := by_evidence.get(evidence):
             error = ("error",) if evidence == Evidence.EMULATED else ()

@@ -28,6 +28,8 @@ class Record:
         time_s: median over rounds of the round's 25 % order statistic; `time_ci_s` its 95 % interval.
         ratio_to_torch: best torch call's time over ours (above 1: faster than torch), with `ratio_ci`.
         roof: share of the measured roof, 1 = at the roof. `tie`: in the set that no one beats.
+        ratio_at_roof: the best torch call's time over the roof's floor: the ratio of a kernel at the roof.
+        goal: the ratio to torch that the suite asks for, if it does.
         error: figures of the check (`rel_fro`, `max_error` in units of the allowed error, `cases`).
         energy: `joules`, `unit`, `method`, `reason`, ... as `rooftune.energy.Energy` prints itself.
         rounds: raw samples, seconds per call, [rounds][samples].
@@ -52,6 +54,8 @@ class Record:
     tflops: float | None = None
     gbps: float | None = None
     roof: float | None = None
+    ratio_at_roof: float | None = None
+    goal: float | None = None
     tie: bool = False
     error: dict[str, Any] | None = None
     energy: dict[str, Any] | None = None
@@ -82,7 +86,7 @@ class Record:
 
 _TEXT = ("problem", "op", "shape", "precision", "impl", "status", "evidence")
 _OPTIONAL_TEXT = ("reason", "source_hash", "run", "id", "kind")
-_NUMBERS = ("time_s", "ratio_to_torch", "tflops", "gbps", "roof")
+_NUMBERS = ("time_s", "ratio_to_torch", "tflops", "gbps", "roof", "ratio_at_roof", "goal")
 _INTERVALS = ("time_ci_s", "ratio_ci")
 _DICTS = ("device", "regime", "versions")
 _OPTIONAL_DICTS = ("error", "energy")

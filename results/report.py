@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rooftune.core import Evidence, Status
+from rooftune.results import goals
 from rooftune.results.compare import ERRORS, OPEN, Cell, Verdict, explain
 from rooftune.results.record import Record
 
@@ -215,6 +216,8 @@ def _race(
     energy = wide and any(_joules(r) is not None for r in timed)
     columns = [Column("competitor", flexible=True), Column("status")]
     columns += [Column(header, right=True) for header in ("time (95 %)", unit, "roof", "vs torch (95 %)")]
+    goal = next((r.goal for r in timed if r.goal is not None), None)
+    columns += [Column(f"goal {goal:g}x")] if goal else []
     columns += [Column("mJ/call", right=True)] if energy else []
     columns += [Column("error", right=True)]
     rows: list[tuple[Sequence[str], str]] = []
@@ -224,17 +227,12 @@ def _race(
         row = [name_of(record, short=True), record.status + mark, _time(record, wide), _number(rate)]
         row += ["" if record.roof is None else f"{record.roof * 100:.1f}%"]
         row += [_ratio(record.ratio_to_torch, record.ratio_ci, wide)]
+        row += [goals.outcome(record)] if goal else []
         row += [_number(_joules(record), 1e3)] if energy else []
         rows.append(([*row, _error(record)], "green" if record.tie else ""))
     for record in lost:
-        row = [
-            name_of(record, short=True),
-            str(record.status),
-            "see below",
-            *[""] * (4 if energy else 3),
-            _error(record),
-        ]
-        rows.append((row, "red"))
+        empty = [""] * (len(columns) - 4)
+        rows.append(([name_of(record, short=True), str(record.status), "see below", *empty, _error(record)], "red"))
     if rows:
         title = " · ".join(part for part in (problem, device, _regime(timed)) if part)
         print_table(console, title, columns, rows)
@@ -267,6 +265,8 @@ def _notes(
         )
     if timed and all(r.ratio_to_torch is None for r in timed):
         _say(console, "no ratio: " + str(timed[0].regime.get("ratio_to_torch") or "no torch call was timed"))
+    if goal := goals.explain(timed):
+        _say(console, goal)
     if timed and all(r.roof is None for r in timed):
         _say(console, "no roof: " + str(timed[0].regime.get("roof") or "the ceilings were not measured"))
     for reason, names in skipped.items():

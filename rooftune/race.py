@@ -337,6 +337,8 @@ def judge(
         if ceilings is not None:
             floor_s, why = probe.roof(ceilings, op.bound, op.flops(problem), op.bytes(problem), problem.precision)
             record.roof = None if floor_s is None else floor_s / time_s
+            if floor_s is not None and best_torch is not None:
+                record.ratio_at_roof = times[best_torch][0] / floor_s
             record.regime["roof"] = why
         if best_torch is not None:
             value, lo, hi = statistics.ratio(complete[best_torch].rounds, entrant.rounds)

@@ -1,5 +1,7 @@
 """Which problems: a suite is a file in this folder with a literal `PROBLEMS`, and nothing else lists it.
 
+A suite may have `GOALS = {op or template: {precision: ratio to torch}}`; a template goes before its operator.
+
 `PROBLEMS = {"cpu": {op: (template, ...)}, "cuda": {...}}`; a template is a problem without its precision,
 such as `gemm[m=512,n=512,k=512]`. The CPU has lists of its own: a call should take milliseconds there too.
 ROCm devices use the list of `cuda`.
@@ -11,29 +13,33 @@ import ast
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rooftune import registry
 from rooftune.core import PRECISIONS, Problem, UsageError, unknown
 
 HERE = Path(__file__).parent
 Lists = dict[str, dict[str, tuple[str, ...]]]  # device kind -> operator -> templates
+Goals = dict[str, dict[str, float]]  # operator or template -> precision -> ratio to torch
 
 
 @cache
-def _read(path: Path) -> tuple[Lists, str]:
-    """`PROBLEMS` and the first docstring line of a file, without running it; no suite: ({}, "")."""
+def _read(path: Path) -> tuple[Lists, str, Goals]:
+    """`PROBLEMS`, the first docstring line and `GOALS` of a file, without running it; no suite: ({}, "", {})."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read as Python: {error}") from error
     summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    found: dict[str, Any] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["PROBLEMS"]:
+        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+        if isinstance(node, ast.Assign) and name in ("PROBLEMS", "GOALS"):
             try:
-                return ast.literal_eval(node.value), summary
+                found[name] = ast.literal_eval(node.value)
             except ValueError as error:
-                raise UsageError(f"{path}: PROBLEMS must be a literal: listing imports nothing") from error
-    return {}, ""
+                raise UsageError(f"{path}: {name} must be a literal: listing imports nothing") from error
+    return (found["PROBLEMS"], summary, found.get("GOALS", {})) if "PROBLEMS" in found else ({}, "", {})
 
 
 def names() -> tuple[str, ...]:
@@ -88,11 +94,31 @@ def problems(suite: str, ops: Sequence[str], precisions: Sequence[str], device_k
         for template in listed.get(name, ()):
             for precision in precisions:
                 if precision in op.precisions:
-                    found[registry.problem(_fitted(Problem.parse(template).replace(precision=precision)))] = None
+                    found[_instance(template, precision)] = None
     if not found:
         asked = f"{', '.join(ops) or 'no operator'} in {', '.join(precisions) or 'no precision'} on {device_kind}"
         raise UsageError(f"suite {suite} has no problem for {asked}; it holds {', '.join(listed) or 'nothing'}")
     return list(found)
+
+
+def goals(suite: str, asked: Sequence[Problem], device_kind: str) -> dict[Problem, float]:
+    """The ratio to torch that a suite asks of a competitor, for those of its problems that have a goal.
+
+    Raises:
+        UsageError: there is no such suite.
+    """
+    listed, wanted = _listed(suite, device_kind), _read(_path(suite))[2]
+    found: dict[Problem, float] = {}
+    for problem in asked:
+        templates = [t for t in listed.get(problem.op, ()) if _instance(t, problem.precision) == problem]
+        for key in (*templates, problem.op) if templates else ():
+            if problem.precision in wanted.get(key, {}):
+                found.setdefault(problem, wanted[key][problem.precision])
+    return found
+
+
+def _instance(template: str, precision: str) -> Problem:
+    return registry.problem(_fitted(Problem.parse(template).replace(precision=precision)))
 
 
 def _fitted(problem: Problem) -> Problem:

@@ -12,20 +12,9 @@ from numba import prange, types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import (
-    I32,
-    ITEM,
-    LINE,
-    LOG2E,
-    Emit,
-    State,
-    Value,
-    intrinsic,
-    jit,
-    require,
-    threads,
-    vector_width,
-)
+from rooftune.kernels.common.numba import I32, ITEM, LINE, LOG2E, Emit, State, Value, intrinsic, jit, threads
+from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, vector_width
+from rooftune.kernels.common.numba_dot import round_pairs
 from rooftune.kernels.common.numba_tile import Format, pack, tile, touch, transpose
 
 DEVICES = ("cpu",)
@@ -39,9 +28,14 @@ TILES = {  # rows (keys, or columns of v) x queries of the register tile, by lan
 
 
 def _default(problem: Problem) -> Config:
-    tiles = TILES[vector_width()]
+    tiles, dtype = TILES[vector_width()], problem.precision
     few = problem["sq"] * problem["h"] // problem["hkv"] <= vector_width()
-    return {"tile": tiles[-2] if few else tiles[0], "block_k": 256, "query_tiles": 32}
+    return {
+        "tile": tiles[-2] if few else tiles[0],
+        "block_k": 256,
+        "query_tiles": 32,
+        "multiply": "dot" if dtype in dot_formats() and dot_is_fast(dtype) else "widen",
+    }
 
 
 SPACE = Space(
@@ -49,7 +43,11 @@ SPACE = Space(
         "tile": TILES[vector_width()],
         "block_k": (32, 64, 96, 128, 192, 256, 512),  # keys whose scores are held at once
         "query_tiles": (1, 2, 4, 8, 16, 32, 64),  # tiles of queries that share a packed block of k and v
+        # dot: vdpbf16ps for both products, with probabilities rounded to bf16. Right by `numba_dot`, in the machine
+        # code for Zen 5 and Sapphire Rapids; its time was not measured, the default follows that of the products
+        "multiply": ("widen", "dot"),
     },
+    where=(lambda config, problem: config["multiply"] == "widen" or problem.precision in dot_formats(),),
     default=_default,
 )
 RESCALE = 8.0  # a maximum may be exceeded by 2^8 before earlier sums are scaled down to a new one
@@ -57,45 +55,40 @@ RESCALE = 8.0  # a maximum may be exceeded by 2^8 before earlier sums are scaled
 
 @cache
 def begin(queries: int) -> Any:
-    """Numba function (queries packed [d][queries], d, factor, sums): scale the queries; empty sums.
+    """Numba function (sums, count): no key seen yet; sums: maximum [queries], total [queries], output [count]."""
 
-    sums: maximum [queries], total [queries], output [d][queries], all fp32 and one after the other.
-    """
-
-    def emit(e: Emit, packed: Value, d: Value, factor: Value, sums: Value) -> None:
-        b = e.builder
-        factors = e.splat(factor)
-        count = b.mul(d, e.index(queries))
-
-        def scale(i: Value, _: State) -> State:
-            place = e.offset(packed, i, 4)
-            e.store(b.fmul(e.load(place, "fp32"), factors), place, "fp32")
-            e.store(e.splat(0.0), e.offset(sums, b.add(i, e.index(2 * queries)), 4), "fp32")
+    def emit(e: Emit, sums: Value, count: Value) -> None:
+        def clear(i: Value, _: State) -> State:
+            e.store(e.splat(0.0), e.offset(sums, e.builder.add(i, e.index(queries)), 4), "fp32")
             return []
 
         for lane in range(0, queries, e.width):
-            e.store(e.splat(-math.inf), b.add(sums, e.index(lane * 4)), "fp32")
-            e.store(e.splat(0.0), b.add(sums, e.index((queries + lane) * 4)), "fp32")
-        e.loop(e.index(0), count, e.width, [], scale)
+            e.store(e.splat(-math.inf), e.builder.add(sums, e.index(lane * 4)), "fp32")
+        e.loop(e.index(0), e.builder.add(count, e.index(queries)), e.width, [], clear)
 
-    return intrinsic([types.int64, types.int64, types.float32, types.int64], emit)
+    return intrinsic([types.int64] * 2, emit)
 
 
 @cache
-def soften(queries: int, degree: int) -> Any:
-    """Numba function (scores [keys][queries], keys, sums, d, limit, last): scores to probabilities.
+def soften(queries: int, degree: int, pairs: bool) -> Any:
+    """Numba function (scores [keys][queries], keys, sums, d, limit, last, factor): scores to probabilities.
 
     Online softmax (Milakov and Gimelshein, 2018), one query a lane: new maximum, earlier sums scaled down,
     exponentials added to the totals. Any number near the maximum does as well, so a lane keeps the one it
     has until a score exceeds it by `RESCALE`, and most blocks scale nothing. Lane i may see the keys up to
     min(limit + i, last), counted from the block's first key. A lane that has seen no key yet has the maximum
-    -inf and 0 is subtracted instead. A NaN is no maximum but makes its own lane's total NaN.
+    -inf and 0 is subtracted instead. A NaN is no maximum but makes its own lane's total NaN. Scores are
+    multiplied by the factor here, which costs nothing: the subtraction of the maximum becomes an FMA.
+
+    `pairs`: the probabilities of two keys are written as one word of bf16 each, in the first half of the rows.
     """
 
-    def emit(e: Emit, scores: Value, keys: Value, sums: Value, d: Value, limit: Value, last: Value) -> None:
+    def emit(
+        e: Emit, scores: Value, keys: Value, sums: Value, d: Value, limit: Value, last: Value, factor: Value
+    ) -> None:
         b, vectors = e.builder, queries // e.width
         lanes = range(0, queries, e.width)
-        minus = e.splat(-math.inf)
+        minus, factors = e.splat(-math.inf), e.splat(factor)
         limits = []
         for lane in lanes:
             order = ir.Constant(e.ints, [lane + i for i in range(e.width)])
@@ -119,30 +112,46 @@ def soften(queries: int, degree: int) -> Any:
         def stat(index: int, lane: int) -> Value:
             return b.add(sums, e.index((index * queries + lane) * 4))
 
-        old = [e.load(stat(0, lane), "fp32") for lane in lanes]
         clear = b.select(b.icmp_signed("<", limit, last), limit, last)  # every lane sees the keys up to here
         whole = b.add(clear, e.index(1))
         whole = b.select(b.icmp_signed("<", whole, keys), whole, keys)
-        reached, state = e.loop(e.index(0), whole, 1, old, largest)
+        reached, state = e.loop(e.index(0), whole, 1, [minus] * vectors, largest)
         _, state = e.loop(reached, keys, 1, state, masked)
-        new, changed = [], []
-        for o, m in zip(old, state, strict=True):
+        old, new, changed = [e.load(stat(0, lane), "fp32") for lane in lanes], [], []
+        for o, top in zip(old, state, strict=True):
+            m = b.fmul(top, factors)
             grown = b.fcmp_ordered(">", m, b.fadd(o, e.splat(RESCALE)))
             new.append(b.select(grown, m, o))
             changed.append(grown)
         safe = [b.select(b.fcmp_ordered("==", m, minus), e.splat(0.0), m) for m in new]
         shrink = [e.exp2(b.fsub(o, s)) for o, s in zip(old, safe, strict=True)]
+        below = [b.fneg(s) for s in safe]
 
-        def exponentials(key: Value, state: State) -> State:
+        def exponential(key: Value, v: int) -> Value:
+            return e.exp2(e.fma(e.load(place(key, lanes[v]), "fp32"), factors, below[v]), degree)
+
+        def single(key: Value, totals: State) -> State:
             out = []
-            for lane, s, total in zip(lanes, safe, state, strict=True):
-                p = e.exp2(b.fsub(e.load(place(key, lane), "fp32"), s), degree)
+            for v, lane in enumerate(lanes):
+                p = exponential(key, v)
                 e.store(p, place(key, lane), "fp32")
-                out.append(b.fadd(total, p))
+                out.append(b.fadd(totals[v], p))
             return out
 
-        totals = [b.fmul(e.load(stat(1, lane), "fp32"), a) for lane, a in zip(lanes, shrink, strict=True)]
-        _, totals = e.loop(e.index(0), keys, 1, totals, exponentials)
+        def pair(key: Value, totals: State, both: bool = True) -> State:
+            out = []
+            for v, lane in enumerate(lanes):
+                first = exponential(key, v)
+                second = exponential(b.add(key, e.index(1)), v) if both else e.splat(0.0)
+                e.store_raw(round_pairs(e, first, second), place(b.lshr(key, e.index(1)), lane), 4)
+                out.append(b.fadd(totals[v], b.fadd(first, second)))
+            return out
+
+        totals: State = [b.fmul(e.load(stat(1, lane), "fp32"), a) for lane, a in zip(lanes, shrink, strict=True)]
+        reached, totals = e.loop(e.index(0), keys, 2 if pairs else 1, totals, pair if pairs else single)
+        if pairs:
+            odd, sofar = b.icmp_signed("<", reached, keys), totals
+            totals = e.branch(odd, lambda: pair(reached, sofar, both=False), lambda: sofar)
         for v, lane in enumerate(lanes):
             e.store(new[v], stat(0, lane), "fp32")
             e.store(totals[v], stat(1, lane), "fp32")
@@ -160,7 +169,7 @@ def soften(queries: int, degree: int) -> Any:
         some = b.bitcast(e.tree(changed, b.or_), ir.IntType(e.width))
         e.branch(b.icmp_unsigned("!=", some, some.type(0)), rescale_all, list)
 
-    return intrinsic([types.int64] * 6, emit)
+    return intrinsic([*[types.int64] * 6, types.float32], emit)
 
 
 @cache
@@ -216,13 +225,13 @@ def end(queries: int, dtype: str) -> Any:
 
 
 @cache
-def compiled(dtype: str, rows: int, queries: int) -> Any:
+def compiled(dtype: str, rows: int, queries: int, dot: bool) -> Any:
     """Numba function of addresses (q, k, v, out, scratch), sizes, the factor of the scores, and slots."""
-    form, item = Format(dtype, 1), ITEM[dtype]
+    form, item = Format(dtype, 2 if dot else 1), ITEM[dtype]
     panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
     pack_q, pack_k, pack_v = pack(form, queries, True), pack(form, panel, True), pack(form, panel, False)
-    start, finish, softmax = begin(queries), end(queries, dtype), soften(queries, 5 if dtype == "fp32" else 4)
-    multiply, fetch = tile(Format("fp32", 1), rows, queries, panel), touch()
+    start, finish, softmax = begin(queries), end(queries, dtype), soften(queries, 5 if dtype == "fp32" else 4, dot)
+    multiply, fetch, steps = tile(form, rows, queries, panel), touch(), form.steps
 
     @jit("void(" + ", ".join(["int64"] * 14) + ", float32, int64)")
     def attention(  # type: ignore[no-untyped-def]
@@ -231,12 +240,13 @@ def compiled(dtype: str, rows: int, queries: int) -> Any:
         every = (sq + queries - 1) // queries
         parts = (every + tiles - 1) // tiles
         columns, tall = (d + panel - 1) // panel * panel, (block + panel - 1) // panel * panel
-        each = (d + columns + 2) * queries * 4
+        words = (d + steps - 1) // steps
+        each = (words + columns + 2) * queries * 4
         for slot in prange(slots):
             own = scratch + slot * size
             scores = own + tiles * each
             k_pack = scores + tall * queries * 4
-            v_pack = k_pack + tall * d * 4
+            v_pack = k_pack + tall * words * 4
             for task in range(slot, heads * parts, slots):
                 head, part = task // parts, task % parts
                 if head % 2:  # causal parts differ in work: no slot gets the long ones of every head
@@ -246,15 +256,16 @@ def compiled(dtype: str, rows: int, queries: int) -> Any:
                 for t in range(begin_tile, end_tile):
                     first, packed = t * queries, own + (t - begin_tile) * each
                     pack_q(q + (head * sq + first) * d * item, packed, min(queries, sq - first), d, d)
-                    start(packed, d, factor, packed + d * queries * 4)
+                    start(packed + words * queries * 4, d * queries)
                 stop = max(0, min(sk, min(end_tile * queries, sq) + sk - sq)) if causal else sk
                 for key in range(0, stop, block):
                     keys = min(block, stop - key)
+                    deep = (keys + steps - 1) // steps
                     here = (head // group * sk + key) * d * item
                     for r in range(0, keys, panel):
-                        pack_k(k + here + r * d * item, k_pack + r * d * 4, min(panel, keys - r), d, d)
+                        pack_k(k + here + r * d * item, k_pack + r * words * 4, min(panel, keys - r), d, d)
                     for c in range(0, columns, panel):
-                        pack_v(v + here + c * item, v_pack + c * keys * 4, min(panel, d - c), d, keys)
+                        pack_v(v + here + c * item, v_pack + c * deep * 4, min(panel, d - c), d, keys)
                     ahead = block * d * item if key + block < stop else 0
                     share = (ahead // (end_tile - begin_tile) + LINE - 1) // LINE * LINE
                     for t in range(begin_tile, end_tile):
@@ -266,17 +277,17 @@ def compiled(dtype: str, rows: int, queries: int) -> Any:
                         seen = min(keys, last + 1)
                         if seen > 0:
                             packed = own + (t - begin_tile) * each
-                            sums = packed + d * queries * 4
+                            sums = packed + words * queries * 4
                             for r in range(0, seen, rows):
-                                left = k_pack + (r // panel * panel * d + r % panel) * 4
-                                multiply(left, packed, scores + r * queries * 4, d, 0)
-                            softmax(scores, seen, sums, d, limit, last)
+                                left = k_pack + (r // panel * panel * words + r % panel) * 4
+                                multiply(left, packed, scores + r * queries * 4, words, 0)
+                            softmax(scores, seen, sums, d, limit, last, factor)
                             for c in range(0, d, rows):
-                                left = v_pack + (c // panel * panel * keys + c % panel) * 4
-                                multiply(left, scores, sums + (c + 2) * queries * 4, seen, 1)
+                                left = v_pack + (c // panel * panel * deep + c % panel) * 4
+                                multiply(left, scores, sums + (c + 2) * queries * 4, (seen + steps - 1) // steps, 1)
                 for t in range(begin_tile, end_tile):
                     first = t * queries
-                    sums = own + (t - begin_tile) * each + d * queries * 4
+                    sums = own + (t - begin_tile) * each + words * queries * 4
                     finish(sums, d, out + (head * sq + first) * d * item, min(queries, sq - first))
 
     return attention
@@ -287,7 +298,7 @@ def build(problem: Problem, config: Config) -> Run:
 
     One task: `query_tiles` tiles of queries of one head against all keys. With queries in lanes, k and v are
     read one number for all lanes, and maximum, total and rescaling need no sums across lanes. A block of k
-    and v is packed (and widened) once for all tiles of the task.
+    and v is packed (and widened, unless `multiply` is dot) once for all tiles of the task.
     """
     require(problem.precision)
     heads, group = problem["b"] * problem["h"], problem["h"] // problem["hkv"]
@@ -296,12 +307,14 @@ def build(problem: Problem, config: Config) -> Run:
     if not causal:  # the heads that share k and v lie one after the other: more queries of one head
         heads, group, sq = heads // group, 1, sq * group
     rows, queries = (int(side) for side in config["tile"].split("x"))
-    kernel = compiled(problem.precision, rows, queries)
+    dot = config["multiply"] == "dot"
+    kernel, steps = compiled(problem.precision, rows, queries, dot), 2 if dot else 1
     block, every = min(config["block_k"], sk), -(-sq // queries)
     tiles = min(config["query_tiles"], -(-every // -(-threads() // heads)))
     columns, tall = (-(-size // rows) * rows + vector_width() for size in (d, block))  # padded panels fit
-    words = tiles * (d + columns + 2) * queries + tall * (queries + d) + columns * block
-    size = -(-words // 16) * 64  # bytes, whole cache lines
+    words, deep = -(-d // steps), -(-block // steps)
+    space = tiles * (words + columns + 2) * queries + tall * (queries + words) + columns * deep
+    size = -(-space // 16) * 64  # bytes, whole cache lines
     slots = min(heads * -(-every // tiles), threads())
     scratch = torch.empty(slots * size // 4, dtype=torch.float32)
     factor = LOG2E / math.sqrt(d)

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import llvmlite.binding
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
 
-from rooftune.core import UsageError
+from rooftune.kernels.common.numba_cpu import native, vector_width
 from rooftune.kernels.common.numba_exp2 import EXP2
 
 REQUIRES = ("numba",)
@@ -41,31 +38,6 @@ State = Sequence[Value]
 
 LOG2E = 1.4426950408889634
 ROUND = 12582912.0 + 127  # 1.5 * 2^23: adding it leaves the nearest whole number, with fp32's bias, in the low bits
-
-
-@cache
-def features() -> frozenset[str]:
-    """What this CPU can do, in LLVM's names; NUMBA_CPU_FEATURES is obeyed as numba itself does."""
-    given = numba.config.CPU_FEATURES  # "" if NUMBA_CPU_NAME is generic
-    if given is not None:
-        return frozenset(name[1:] for name in given.split(",") if name.startswith("+"))
-    return frozenset(name for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
-
-
-@cache
-def vector_width() -> int:
-    """fp32 lanes of a vector register: 16 with AVX-512, 8 with AVX2, else 4 (SSE, NEON)."""
-    return 16 if "avx512f" in features() else 8 if {"avx2", "fma"} <= features() else 4
-
-
-def require(dtype: str) -> None:
-    """LLVM converts fp16 by a C function that is not in the process where the CPU has no instruction for it.
-
-    Raises:
-        UsageError: the precision cannot be computed on this CPU.
-    """
-    if dtype == "fp16" and platform.machine() in ("x86_64", "AMD64") and "f16c" not in features():
-        raise UsageError("fp16 needs a CPU with F16C")
 
 
 def threads() -> int:
@@ -134,11 +106,13 @@ class Chunk:
 
 class Emit:
     """Writes LLVM vector code into a function under construction. Floating point without fast-math flags:
-    NaN and infinity behave as IEEE 754 says, and sums have one order."""
+    NaN and infinity behave as IEEE 754 says, and sums have one order. `instructions`: features of the CPU that
+    is compiled for, by default this one; what it lacks is spelled out."""
 
-    def __init__(self, builder: Any, width: int | None = None) -> None:
+    def __init__(self, builder: Any, width: int | None = None, instructions: Collection[str] | None = None) -> None:
         self.builder = builder
         self.width = width or vector_width()
+        self.instructions = native() if instructions is None else instructions
         self.vector = ir.VectorType(F32, self.width)
         self.ints = ir.VectorType(I32, self.width)
 

@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba.core import types
 
 from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic
+from rooftune.kernels.common.numba_dot import int8_fours
 from rooftune.kernels.common.numba_tile import Format
 
 
@@ -97,7 +98,7 @@ def column_sums(columns: int) -> Any:
 
             def step(k: Value, state: State, first: int = first) -> State:
                 bytes_of_b = e.load_raw(b.add(e.offset(panel, k, columns * 4), e.index(first * 4)), e.ints, 4)
-                return [e.call("llvm.x86.avx512.vpdpbusd.512", e.ints, (state[0], ones, bytes_of_b))]
+                return [int8_fours(e, state[0], ones, bytes_of_b)]
 
             _, sums = e.loop(e.index(0), words, 1, [ir.Constant(e.ints, [0] * e.width)], step)
             e.store_raw(b.shl(sums[0], e.int_splat(7)), b.add(target, e.index(first * 4)), 4)

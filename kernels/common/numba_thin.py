@@ -7,7 +7,8 @@ from typing import Any
 
 from numba.core import types
 
-from rooftune.kernels.common.numba import ITEM, Chunk, Emit, State, Value, intrinsic, vector_width
+from rooftune.kernels.common.numba import ITEM, Chunk, Emit, State, Value, intrinsic
+from rooftune.kernels.common.numba_cpu import vector_width
 
 SUMS = {16: 24, 8: 12, 4: 12}  # vectors of sums that leave registers for the operands, by lanes
 

@@ -7,31 +7,17 @@ same tile kernel; 16-bit formats without an instruction of their own are widened
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba.core import types
 
-from rooftune.kernels.common.numba import (
-    F32,
-    HALF,
-    I8,
-    I16,
-    I32,
-    ITEM,
-    LINE,
-    Emit,
-    State,
-    Value,
-    features,
-    intrinsic,
-    vector_width,
-)
+from rooftune.kernels.common import numba_dot
+from rooftune.kernels.common.numba import F32, HALF, I8, I16, I32, ITEM, LINE, Emit, State, Value, intrinsic
+from rooftune.kernels.common.numba_cpu import int8_pairs
 
 WORD = 4  # bytes
 STORED = {"fp32": F32, "fp16": HALF, "bf16": I16, "int8": I8}
@@ -54,25 +40,6 @@ class Format:
     def raw(self) -> bool:
         """Whether a word is simply 4 bytes of memory along k."""
         return self.steps * ITEM[self.dtype] == WORD
-
-
-def dot_formats() -> tuple[str, ...]:
-    """Precisions for which this CPU has an instruction that multiplies and adds several steps of k."""
-    wide = vector_width() == 16
-    names = {"bf16": "avx512bf16", "int8": "avx512vnni"}
-    return tuple(dtype for dtype, feature in names.items() if wide and feature in features())
-
-
-def int8_pairs() -> bool:
-    """Whether this CPU multiplies pairs of 16-bit numbers and adds them to 32 bits (`pmaddwd`: exact on int8)."""
-    needed = {4: "sse2", 8: "avx2", 16: "avx512bw"}
-    return needed[vector_width()] in features() and platform.machine() in ("x86_64", "AMD64")
-
-
-def dot_is_fast(dtype: str) -> bool:
-    """Intel's `vdpbf16ps` has a quarter of the rate of AMD's (84 against 477 GFLOP/s measured on an Emerald
-    Rapids and a Zen 5 core), half that of fp32; `vpdpbusd` is fast on both."""
-    return dtype == "int8" or llvmlite.binding.get_host_cpu_name().startswith("znver")
 
 
 def format_of(dtype: str, dot: bool) -> Format:
@@ -225,17 +192,10 @@ def multiply_add(e: Emit, form: Format) -> Callable[[Value, Value, Value], Value
     if form.accumulator == "fp32" and form.steps == 1:
         return lambda x, y, total: e.fma(b.bitcast(x, e.vector), b.bitcast(y, e.vector), total)
     if form.accumulator == "fp32":
-        return lambda x, y, total: e.call("llvm.x86.avx512bf16.dpbf16ps.512", e.vector, (total, y, x))
-    if form.steps == 4:
-        return lambda x, y, total: e.call("llvm.x86.avx512.vpdpbusd.512", e.ints, (total, x, y))
-    if form.steps == 2:
-        halves = ir.VectorType(I16, 2 * e.width)
-        name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[e.width]
-
-        def pairs(x: Value, y: Value, total: Value) -> Value:
-            return b.add(total, e.call(f"llvm.x86.{name}", e.ints, (b.bitcast(x, halves), b.bitcast(y, halves))))
-
-        return pairs
+        return lambda x, y, total: numba_dot.bf16_pairs(e, total, x, y)
+    if form.steps > 1:
+        dot = numba_dot.int8_fours if form.steps == 4 else numba_dot.int16_pairs
+        return lambda x, y, total: dot(e, total, x, y)
     return lambda x, y, total: b.add(total, b.mul(x, y))
 
 

@@ -11,10 +11,11 @@ from numba import prange
 from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import ITEM, LINE, jit, require, threads, vector_width
+from rooftune.kernels.common.numba import ITEM, LINE, jit, threads
+from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, vector_width
 from rooftune.kernels.common.numba_epilogue import column_sums, finish
 from rooftune.kernels.common.numba_thin import columns_at_once, dots
-from rooftune.kernels.common.numba_tile import Format, dot_formats, dot_is_fast, format_of, pack, tile, touch
+from rooftune.kernels.common.numba_tile import Format, format_of, pack, tile, touch
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

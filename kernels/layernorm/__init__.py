@@ -35,8 +35,10 @@ def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "n
 
 def reference(problem: Problem, tensors: Sequence[Any], rows: Sequence[int] | None = None) -> Reference:
     """float64 norm of the rows."""
+    import torch
+
     x, weight = take(tensors[0], rows).double(), tensors[1].double()
-    mean = 0.0 * x[:, :1] if problem.flag("rms") else x.mean(-1, keepdim=True)
+    mean = torch.zeros_like(x[:, :1]) if problem.flag("rms") else x.mean(-1, keepdim=True)  # 0 * inf would be NaN
     centred = x - mean
     rstd = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
     y = centred * rstd * weight

@@ -11,7 +11,8 @@ from numba import prange, types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import F32, ITEM, Chunk, Emit, State, Value, intrinsic, jit, require, threads
+from rooftune.kernels.common.numba import F32, ITEM, Chunk, Emit, State, Value, intrinsic, jit, threads
+from rooftune.kernels.common.numba_cpu import require
 from rooftune.kernels.layernorm import EPS
 
 DEVICES = ("cpu",)

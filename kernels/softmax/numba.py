@@ -10,7 +10,8 @@ from numba import prange, types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic, jit, require, threads
+from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic, jit, threads
+from rooftune.kernels.common.numba_cpu import require
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rooftune import evidence, race, registry
@@ -13,6 +13,7 @@ from rooftune.core import Evidence, ExitCode, Problem, Status
 from rooftune.registry import Impl
 from rooftune.results.record import Record
 from rooftune.session import Session
+from rooftune.suites import catalogue
 
 
 def run(chosen: argparse.Namespace) -> ExitCode:
@@ -40,7 +41,8 @@ def run(chosen: argparse.Namespace) -> ExitCode:
         if chosen.evidence in ("auto", "full", "none"):
             every = [impl for impls in field.values() for impl in impls]
             extra = common.tuned_entrants(session, problems, every)
-            measure(session, problems, field, timing, console, extra, records)
+            goals = catalogue.goals(chosen.suite, problems, kind)
+            measure(session, problems, field, timing, console, extra, records, goals)
         if chosen.evidence != "none":
             proofs = prove(session, field, common.precisions(chosen), timing.seed, chosen.evidence == "full")
             records += proofs
@@ -61,11 +63,12 @@ def measure(
     extra: dict[Problem, list[race.Entrant]] | None = None,
     records: list[Record] | None = None,
     seen: set[Any] | None = None,
+    goals: Mapping[Problem, float] | None = None,
 ) -> list[Record]:
     """Race the problems one after another; records are stored and shown as soon as a problem is done.
 
     `records` is extended as they come, so that an interrupt leaves the caller what there is. `seen`: who passed the
-    thorough check already, as `race.prepare`.
+    thorough check already, as `race.prepare`. `goals`: the ratio to torch that a suite asks for.
     """
     from rooftune.results import report
 
@@ -90,6 +93,9 @@ def measure(
         mine = race.race(
             session.lab, problem, field[problem.op], timing, ceilings, (extra or {}).get(problem, ()), seen, event
         )
+        baselines = {i.key for i in field[problem.op] if i.baseline}
+        for record in mine:
+            record.goal = None if record.impl in baselines else (goals or {}).get(problem)
         records += mine  # before they are stored: an interrupt in between must not lose them for --json
         session.keep(mine)
         session.clear()

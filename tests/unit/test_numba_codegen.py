@@ -22,6 +22,14 @@ from rooftune.kernels.common import numba as vectors
 from rooftune.kernels.common import numba_tile as tiles
 from rooftune.kernels.common.numba_tile import Format
 
+INSTRUCTIONS = {  # of those that are spelled out where a CPU has none
+    "x86-64": {"sse2"},
+    "znver3": {"sse2", "avx2"},
+    "skylake-avx512": {"sse2", "avx2", "avx512bw"},
+    "sapphirerapids": {"sse2", "avx2", "avx512bw", "avx512vnni", "avx512bf16"},
+    "znver5": {"sse2", "avx2", "avx512bw", "avx512vnni", "avx512bf16"},
+}
+
 
 def assembly(function: Any, arguments: int, width: int, cpu: str) -> str:
     """What LLVM makes of an intrinsic of whole numbers, at a vector width, for a CPU of x86-64."""
@@ -32,7 +40,7 @@ def assembly(function: Any, arguments: int, width: int, cpu: str) -> str:
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * arguments)
     made = ir.Function(module, kind, "kernel")
     builder = ir.IRBuilder(made.append_basic_block())
-    function.emit(vectors.Emit(builder, width), *made.args)
+    function.emit(vectors.Emit(builder, width, INSTRUCTIONS[cpu]), *made.args)
     builder.ret_void()
     parsed = llvm.parse_assembly(str(module))
     machine = llvm.Target.from_triple(module.triple).create_target_machine(cpu=cpu, opt=3)
@@ -56,6 +64,8 @@ CASES = [  # CPU, lanes, format, rows, columns, instruction, register
     ("znver5", 16, Format("fp32", 1), 14, 32, "vfmadd", "zmm"),
     ("znver5", 16, Format("fp32", 1), 8, 48, "vfmadd", "zmm"),
     ("znver5", 16, Format("bf16", 2), 14, 32, "vdpbf16ps", "zmm"),
+    ("znver5", 16, Format("bf16", 2), 8, 48, "vdpbf16ps", "zmm"),  # both products of attention
+    ("sapphirerapids", 16, Format("bf16", 2), 8, 48, "vdpbf16ps", "zmm"),
     ("znver5", 16, Format("int8", 4, "int32", True), 14, 32, "vpdpbusd", "zmm"),
     ("sapphirerapids", 16, Format("fp32", 1), 14, 32, "vfmadd", "zmm"),
     ("skylake-avx512", 16, Format("int8", 2, "int32"), 8, 48, "vpmaddwd", "zmm"),

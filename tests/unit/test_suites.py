@@ -43,6 +43,28 @@ def test_cpu_lists_stay_small(suite):
         assert op.bytes(problem) <= (520 if suite == "cpu-goals" else 64) * 2**20, problem  # goals beyond the caches
 
 
+def test_goals_belong_to_the_suites_own_problems_the_template_before_its_operator():
+    def goal(text, suite="cpu-goals"):
+        return catalogue.goals(suite, [registry.problem(text)], "cpu").get(registry.problem(text))
+
+    assert goal("gemm[m=1024,n=1024,k=1024,fp32]") == 1.4
+    assert goal("gemm[m=1024,n=1024,k=1024,bf16]") == 0.85  # no goal of its own: the operator's
+    assert goal("gemm[m=8,n=2048,k=1024,transpose=nt,fp32]") == 1.0
+    assert goal("gemm[m=8,n=2048,k=1024,transpose=nt,fp16]") is None
+    assert goal("attention[b=1,h=8,sq=2048,d=64,causal,fp32]") == 2.2
+    assert goal("attention[b=1,h=8,sq=2048,d=64,causal,bf16]") == 1.7
+    assert goal("gemm[m=1024,n=1024,k=1000,fp32]") is None  # not of the suite
+    assert goal("softmax[m=1024,n=1024,fp32]", "ci") is None
+
+
+def test_every_goal_is_of_a_problem_that_the_suite_has():
+    listed = [*catalogue._listed("cpu-goals", "cpu"), *sum(catalogue._listed("cpu-goals", "cpu").values(), ())]
+    keys = catalogue._read(catalogue._path("cpu-goals"))[2]
+    assert set(keys) <= set(listed)
+    problems = catalogue.problems("cpu-goals", registry.op_names(), ["fp32", "bf16"], "cpu")
+    assert set(catalogue.goals("cpu-goals", problems, "cpu")) == set(problems)
+
+
 def test_quick_has_two_problems_an_operator_of_ten_milliseconds():
     for op in ("attention", "gemm", "layernorm", "softmax"):
         found = catalogue.problems("quick", [op], ["fp32"], "cpu")

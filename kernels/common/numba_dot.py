@@ -1,0 +1,69 @@
+"""Sums of products of the small numbers in a word: the CPU's instruction, or the same spelled out where it has none.
+
+All take and give vectors of 4-byte words. What is spelled out gives the instruction's values (in several times its
+time): so the kernels for a CPU with these instructions run, and are tested, on one without.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from rooftune.kernels.common.numba import I16, Emit, Value
+from rooftune.kernels.common.numba_cpu import PAIRS
+
+SMALLEST = 2.0**-126  # normal number of fp32
+
+
+def bf16_pairs(e: Emit, total: Value, x: Value, y: Value) -> Value:
+    """total + x1 y1 + x0 y0 of two bf16 a word: `vdpbf16ps`.
+
+    Two fused steps, the upper half first, and subnormal numbers count as 0, as Intel's manual writes it.
+    """
+    if e.width == 16 and "avx512bf16" in e.instructions:
+        return e.call("llvm.x86.avx512bf16.dpbf16ps.512", e.vector, (total, y, x))
+    b = e.builder
+
+    def flushed(value: Value) -> Value:
+        size = e.call(f"llvm.fabs.v{e.width}f32", e.vector, [value])
+        return b.select(b.fcmp_ordered("<", size, e.splat(SMALLEST)), b.fmul(value, e.splat(0.0)), value)
+
+    def halves(word: Value) -> tuple[Value, Value]:
+        upper, lower = b.and_(word, e.int_splat(0xFFFF0000)), b.shl(word, e.int_splat(16))
+        return flushed(b.bitcast(upper, e.vector)), flushed(b.bitcast(lower, e.vector))
+
+    total = flushed(total)
+    for left, right in zip(halves(x), halves(y), strict=True):
+        total = flushed(e.fma(left, right, total))
+    return total
+
+
+def int8_fours(e: Emit, total: Value, x: Value, y: Value) -> Value:
+    """total + the sum of four products of unsigned bytes of x with signed bytes of y: `vpdpbusd`."""
+    if e.width == 16 and "avx512vnni" in e.instructions:
+        return e.call("llvm.x86.avx512.vpdpbusd.512", e.ints, (total, x, y))
+    b = e.builder
+    for step in range(4):
+        unsigned = b.and_(b.lshr(x, e.int_splat(8 * step)), e.int_splat(255))
+        signed = b.ashr(b.shl(y, e.int_splat(24 - 8 * step)), e.int_splat(24))
+        total = b.add(total, b.mul(unsigned, signed))
+    return total
+
+
+def int16_pairs(e: Emit, total: Value, x: Value, y: Value) -> Value:
+    """total + the sum of two products of signed 16-bit numbers: `pmaddwd` and an addition."""
+    b, (feature, name) = e.builder, PAIRS[e.width]
+    if feature in e.instructions:
+        halves = ir.VectorType(I16, 2 * e.width)
+        return b.add(total, e.call(f"llvm.x86.{name}", e.ints, (b.bitcast(x, halves), b.bitcast(y, halves))))
+    sixteen = e.int_splat(16)
+    lower = b.mul(*(b.ashr(b.shl(word, sixteen), sixteen) for word in (x, y)))
+    upper = b.mul(*(b.ashr(word, sixteen) for word in (x, y)))
+    return b.add(total, b.add(lower, upper))
+
+
+def round_pairs(e: Emit, first: Value, second: Value) -> Value:
+    """Two vectors of fp32 as words of two bf16, the first in the lower halves. Nearest, halves away from 0 (one
+    operation instead of three); a NaN that came from bf16 or from arithmetic stays one: it has no bits to carry."""
+    b, half = e.builder, e.int_splat(0x8000)
+    low, high = (b.add(b.bitcast(value, e.ints), half) for value in (first, second))
+    return b.or_(b.lshr(low, e.int_splat(16)), b.and_(high, e.int_splat(0xFFFF0000)))

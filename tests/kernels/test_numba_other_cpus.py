@@ -1,0 +1,109 @@
+"""The Numba CPU competitors as they are written for other CPUs, run on this one: 16 lanes and dot products, 8, and 4.
+
+LLVM splits vectors that are too wide and `numba_dot` spells out instructions that are not here, so what the AVX-512
+path computes (tiles, tails, packing, masks) is judged on a CPU without AVX-512; its speed is not. The space of a
+kernel follows the CPU, so each runs in a process of its own: this file with the CPU's name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MISSING = [name for name in ("torch", "numba") if importlib.util.find_spec(name) is None]
+if MISSING:
+    pytest.skip(f"{', '.join(MISSING)} not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+CPUS: dict[str, tuple[int, tuple[str, ...]]] = {  # lanes, features
+    "avx512": (16, ("avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avx2", "fma")),
+    "avx2": (8, ("avx2", "fma")),
+    "generic": (4, ()),
+}
+SHAPES = 12
+PACKED = {"block_m": 168, "block_k": 64, "unroll": 1, "prefetch": "next", "read_b": "packed"}
+DIRECT = {"block_m": 168, "block_k": 8, "unroll": 1, "prefetch": "next", "read_b": "direct", "multiply": "widen"}
+GEMMS = (  # CPUs, precision, transpose, epilogue, tile, config; a tile takes longer to compile the more vectors it has
+    ("avx512 avx2 generic", "fp32", "nt", "bias_gelu", 0, {**PACKED, "multiply": "widen"}),
+    ("avx512", "bf16", "nn", "none", 5, {**PACKED, "multiply": "dot"}),
+    ("avx512", "int8", "tn", "none", 5, {**PACKED, "multiply": "dot"}),
+    ("avx2 generic", "int8", "nn", "none", 1, {**PACKED, "multiply": "widen"}),  # pmaddwd, or a word a number
+    ("avx512", "bf16", "nn", "none", 1, DIRECT),
+    ("avx512 generic", "fp32", "nt", "none", 1, DIRECT),
+)
+
+
+def run_as(name: str) -> None:
+    """Every kernel family on ragged shapes, and special values, as that CPU has them."""
+    from rooftune.kernels.common import numba_cpu
+
+    numba_cpu.pretend(CPUS[name][1])
+    assert numba_cpu.vector_width() == CPUS[name][0]
+    import test_numba_shapes as shapes
+    import test_numba_special as special
+
+    from rooftune import registry
+    from rooftune.core import Config, Problem
+
+    for cpus, precision, transpose, epilogue, tile, config in GEMMS:
+        if name in cpus.split():
+            flags = {"transpose": transpose, "epilogue": epilogue}
+            tiles = registry.impl("gemm/numba").load().SPACE.axes["tile"]
+            problems = shapes.drawn(
+                SHAPES,
+                lambda size, p=precision, f=flags: Problem.make("gemm", p, f, m=size(), n=size(), k=size()),
+            )
+            changed: Config = {**config, "tile": tiles[tile]}
+            shapes.race_shapes(problems, lambda problem, changed=changed: changed)
+    wide = name == "avx512"
+    for precision, multiply in (("fp32", "widen"), *([("bf16", "dot")] if wide else [])):
+        tile = registry.impl("attention/numba").load().SPACE.axes["tile"][-1 if multiply == "dot" else 2]
+        heads: Config = {"tile": tile, "block_k": 32, "query_tiles": 2, "multiply": multiply}
+        problems = shapes.drawn(2 * SHAPES, shapes.attention_shapes(precision))
+        shapes.race_shapes(problems, lambda problem, heads=heads: heads)
+    rows = {"rows": 2, "unroll": 2, "store": "stream"}
+    for op, precision, flags in (("softmax", "bf16", {}), ("layernorm", "fp32", {"rms": "1"} if wide else {})):
+        problems = shapes.drawn(
+            2 * SHAPES, lambda size, o=op, p=precision, f=flags: Problem.make(o, p, f, m=5, n=size())
+        )
+        shapes.race_shapes(problems, lambda problem: rows)
+    if wide:
+        for value in special.VALUES:
+            product = "gemm[m=33,n=70,k=90,bf16]"
+            special.agree(product, {**PACKED, "tile": "4x64", "multiply": "dot"}, special._product, value)
+            for change in (special._queries, special._keys, special._values):
+                special.agree(f"{special.HEADS},bf16]", heads, change, value)
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_what_another_cpu_computes_is_right_here(name: str) -> None:
+    from rooftune.kernels.common import numba_cpu
+
+    if CPUS[name][0] == numba_cpu.vector_width() < 16:
+        pytest.skip("this CPU's own path: test_numba_shapes.py runs it")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if not CPUS[name][1]:
+        env["NUMBA_CPU_NAME"] = "generic"  # its machine code too
+    done = subprocess.run([sys.executable, __file__, name], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == f"{name}: right"
+
+
+def test_the_lanes_cannot_change_under_a_kernel_that_is_there() -> None:
+    from rooftune import registry
+    from rooftune.kernels.common import numba_cpu
+
+    registry.impl("softmax/numba").load()
+    with pytest.raises(RuntimeError, match=r"too late.*softmax\.numba"):
+        numba_cpu.pretend(("avx512f",))
+    assert numba_cpu.features() == numba_cpu.native()
+
+
+if __name__ == "__main__":
+    run_as(sys.argv[1])
+    print(f"{sys.argv[1]}: right")
