@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rooftune import registry
 from rooftune import static as compiling
@@ -220,6 +221,20 @@ def test_units_do_not_depend_on_whether_a_disassembler_was_there() -> None:
         [plain(tensor_core_instructions=machine)], [plain(tensor_core_instructions=["HMMA.16816.F32"])]
     )
     assert fallen[0].verdict == Verdict.WORSE
+
+
+def test_a_baseline_of_an_older_source_is_said_to_be_so_and_still_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    old = [plain(), plain(arch="sm_80"), plain(impl="gemm/y")]
+    new = [plain(source_hash="f" * 16), plain(arch="sm_80", source_hash="f" * 16), plain(impl="gemm/y"),
+           plain(config={"tile": 2}, default=False)]  # fmt: skip
+    found = static.compare(old, new)
+    assert static.gate(found) == ExitCode.OK
+    assert {c.older for c in found if c.row["impl"] == "gemm/x" and c.row["default"]} == {"0123456789abcdef"}
+    static.change_table(found, Console(width=200))
+    said = capsys.readouterr().out
+    assert "the baseline is of an older source of: gemm/x (2)" in said
+    worse = static.compare(old, [new[0] | {"spill_bytes": 8}, *new[1:]])
+    assert static.gate(worse) == ExitCode.REGRESSION
 
 
 def test_a_package_that_is_gone_is_not_a_regression() -> None:
