@@ -13,6 +13,7 @@ from rooftune import registry
 from rooftune import static as compiling
 from rooftune.bench import main
 from rooftune.core import ExitCode, UsageError
+from rooftune.evidence import ARCHITECTURES
 from rooftune.results import static, store
 from rooftune.results.static import Verdict
 
@@ -259,6 +260,23 @@ def test_a_damaged_baseline_is_refused(tmp_path: Path) -> None:
     store.atomic_write(path, store.seal({"kind": "result", "schema": 1}) + "\n")
     with pytest.raises(UsageError, match="not a static baseline"):
         static.load(path)
+
+
+def test_the_committed_baseline_is_read_and_a_doctored_copy_of_it_fails(tmp_path: Path) -> None:
+    committed = store.REFERENCE / "static.jsonl"
+    rows = static.load(committed)
+    assert {r["arch"] for r in rows} == set(ARCHITECTURES)
+    assert {r["impl"].partition("/")[0] for r in rows} == set(registry.op_names())
+    assert all(r["default"] for r in rows)
+    assert committed.stat().st_size < 2**19
+    assert static.gate(static.compare(rows, [*rows, plain(impl="gemm/added", default=False)])) == ExitCode.OK
+    good = next(n for n, r in enumerate(rows) if r["tensor_core_instructions"])
+    for change in ({"spill_bytes": -1}, {"occupancy": 2.0}, {"tensor_core_instructions": ["UTCHMMA"]}):
+        copy = tmp_path / "doctored.jsonl"
+        static.save(copy, [*rows[:good], rows[good] | change, *rows[good + 1 :]])
+        found = static.compare(static.load(copy), rows)
+        assert static.gate(found) == ExitCode.REGRESSION, change
+        assert [c.row["impl"] for c in found if c.verdict == Verdict.WORSE] == [rows[good]["impl"]]
 
 
 def test_a_real_kernel_against_its_own_baseline(
