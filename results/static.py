@@ -289,5 +289,5 @@ def change_table(changes: Sequence[Change], console: Console) -> None:
         print_table(console, "Against the baseline", columns, rows)
     console.print(f"{len(changes) - len(told)} of {len(changes)} rows are as in the baseline", markup=False)
     if older := [c.row["impl"] for c in changes if c.older]:
-        names = ", ".join(f"{name} ({older.count(name)})" for name in dict.fromkeys(older))
-        console.print(f"  the baseline is of an older source of: {names}", markup=False, style="dim", soft_wrap=True)
+        counted = ", ".join(f"{name} ({older.count(name)})" for name in dict.fromkeys(older))
+        console.print(f"  the baseline is of an older source of: {counted}", markup=False, style="dim", soft_wrap=True)
