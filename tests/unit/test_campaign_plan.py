@@ -89,6 +89,7 @@ def test_a_small_budgets_tuning_leaves_time_for_a_final_race() -> None:
     assert plan.enter("tune") == pytest.approx(55.0)
     plan.keep("final", 90.0)  # not more than half
     assert plan.enter("tune") == pytest.approx(50.0)
+    assert plan.break_off() == pytest.approx(50.0)  # nor does a tuning that overruns take it
     now[0] = 60.0
     assert plan.enter("final") == pytest.approx(40.0)
 
