@@ -63,7 +63,7 @@ def row(work: Campaign, problem: Problem) -> dict[str, Any]:
     timed = [r for r in records if r.time_s is not None]
     mine = min((r for r in timed if not work.is_torch(r.impl)), key=_time, default=None)
     torch = min((r for r in timed if work.is_torch(r.impl)), key=_time, default=None)
-    gains = [s["result"]["speedup"] for s in work.home.of("tune") if s.get("result", {}).get("better")
+    gains = [s["result"]["speedup"] for s in _tunings(work) if s.get("result", {}).get("better")
              and s["problem"] == str(problem)]  # fmt: skip
     low = mine.ratio_ci[0] if mine is not None and mine.ratio_ci else None
     return {
@@ -120,7 +120,7 @@ def notes(work: Campaign, rows: list[dict[str, Any]]) -> list[str]:
     right = sum(s["status"] == Status.OK for s in checks)
     told = [f"checked: {right} of {len(checks)} competitors x precisions are right on this device"]
     told += [f"{s['impl']} {s['precision']}: {s['status']}: {s['reason']}" for s in checks if s["status"] != Status.OK]
-    tuned = home.of("tune")
+    tuned = _tunings(work)
     if tuned:
         better = sum(bool(s.get("result", {}).get("better")) for s in tuned)
         told.append(f"tuned: {len(tuned)} competitors x problems, {better} configs better than their default")
@@ -138,6 +138,11 @@ def notes(work: Campaign, rows: list[dict[str, Any]]) -> list[str]:
         told += [f"cut by the budget: {each}" for each in missed]
         told.append("the same command goes on from here")
     return told
+
+
+def _tunings(work: Campaign) -> list[dict[str, Any]]:
+    """Finished tunings of today's sources."""
+    return [s for s in work.home.of("tune") if s["key"].endswith(work.sources.get(s["impl"], " gone"))]
 
 
 def cut(work: Campaign, rows: list[dict[str, Any]]) -> list[str]:

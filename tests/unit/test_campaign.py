@@ -134,7 +134,10 @@ def test_what_the_budget_cut_is_told_phase_by_phase(tmp_path: Path) -> None:
     found = replace(record(), problem=str(problem), impl=triton.key, source_hash=triton.source_hash, roof=0.5)
     work.home.records.append(replace(found, regime={"phase": "race"}))
     assert cut() == [f"1 of 1 tunings ({triton.key} {problem})", f"1 of 1 final races ({problem})"]
-    work.home.finish(campaign_tune.tune_key(triton, problem), "tune", "ok")
+    work.home.finish(campaign_tune.tune_key(triton, problem), "tune", "ok", impl=triton.key, problem=str(problem))
+    work.home.finish(f"tune {triton.key} {problem} older", "tune", "ok", impl=triton.key, problem=str(problem))
+    told = campaign_summary.notes(work, [campaign_summary.row(work, p) for p in work.problems])
+    assert "tuned: 1 competitors x problems, 0 configs better than their default" in told
     work.home.records.append(replace(found, regime={"phase": "final"}))
     assert cut() == [f"1 of 1 energy readings ({problem})"]
     work.home.finish("energy", "energy", "unavailable", reason="no sensor")
