@@ -1,8 +1,9 @@
 """A first ranking of configs by arithmetic, before anything is measured: what each would take on a device, in seconds.
 
-The models (ranking_models.py, ranking_rows.py) count waves, bytes through shared memory, L2 and memory, and matrix
-time, in the spirit of a roofline per tile. They are for ordering: a predicted time is no result and is never shown
-as one. Pure Python; the device is described by its datasheet, and by measured ceilings where there are some.
+The models (ranking_models.py, ranking_backward.py, ranking_rows.py) count waves, bytes through shared memory, L2
+and memory, and matrix time, in the spirit of a roofline per tile. They are for ordering: a predicted time is no
+result and is never shown as one. Pure Python; the device is described by its datasheet, and by measured ceilings
+where there are some.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rooftune import registry
+from rooftune.autotune.ranking_backward import attention_backward
 from rooftune.autotune.ranking_models import attention, gemm
 from rooftune.autotune.ranking_parts import Traits
 from rooftune.autotune.ranking_rows import rows
@@ -101,6 +103,7 @@ MODELS: tuple[tuple[frozenset[str], Model], ...] = (
     (frozenset({"b", "h", "sq", "d"}), attention),
     (frozenset({"m", "n"}), rows),
 )
+BY_NAME: dict[str, Model] = {"attention_bwd": attention_backward}  # same dimensions as the forward pass, other axes
 
 
 def _set_size(entry: Mapping[str, Any]) -> float:
@@ -124,7 +127,7 @@ def prior(
     """
     op = registry.op(problem.op)
     needed = set(op.dims) - set(op.defaults)
-    model = next((m for dims, m in MODELS if dims <= needed), None)
+    model = BY_NAME.get(op.name) or next((m for dims, m in MODELS if dims <= needed), None)
     if model is None or not configs:
         return None
     known, traits = resources or {}, Traits.of(impl)

@@ -162,7 +162,5 @@ def attention(
     own_s = busiest * step_s + waves * 3 * LATENCY_S
     moved = op.bytes(problem) + (8.0 * splits * b * h * sq * d if splits > 1 else 0.0)
     l2_s = work * 2 * bn * d * size / (L2_TOTAL * gpu.multiprocessors * gpu.clock_hz)
-    more = op.flops(problem) / (4.0 * b * h * sq * sk * d)  # a backward pass has more products of the same kind
-    factor = max(1.0, more) if not problem.flag("causal") else max(1.0, 2 * more)
-    total = joined(own_s * factor, l2_s, moved / gpu.copy_rate) * slower
+    total = joined(own_s, l2_s, moved / gpu.copy_rate) * slower
     return total + LAUNCH_S * (1 if splits == 1 else 2)

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from rooftune.autotune.ranking import Gpu
 
 
+HELD = {"softmax_bwd": 2, "layernorm_bwd": 4}  # values that a CUDA C++ kernel keeps for each place of a row; else 1
+CLUSTER_CYCLES = 600  # of a reduction between the blocks of a cluster: a guess of three times a block's, not measured
+
+
 @dataclass(frozen=True)
 class _Rows:
     """How a kernel deals rows out: threads of a block, rows in it, bytes a load, values a thread, and whether the
@@ -35,6 +39,7 @@ class _Rows:
     kept: bool
     steps: int
     padding: float = 1.0  # lanes at work / values there are
+    cluster: int = 1  # blocks that share a row
 
 
 def _deal(problem: Problem, config: Config) -> _Rows | None:
@@ -43,9 +48,11 @@ def _deal(problem: Problem, config: Config) -> _Rows | None:
     if "threads_per_row" in config and "num_threads" in config:  # CUDA C++
         threads, per_row = int(config["num_threads"]), int(config["threads_per_row"])
         vector = min(int(config.get("vec", 16 // size)) * size, aligned)
-        values = ceil(n * size, per_row * vector) * vector // size
-        kept, steps = values <= min(64, 65536 // threads - 32), values * size // vector
-        return _Rows(threads, max(1, threads // per_row), vector, values, kept, steps)
+        cluster = int(config.get("cluster", 1))
+        values = ceil(n * size, per_row * cluster * vector) * vector // size
+        held = HELD.get(problem.op, 1) * values
+        kept, steps = held <= min(64, 65536 // threads - 32), values * size // vector
+        return _Rows(threads, max(1, threads // per_row), vector, held, kept, steps, cluster=cluster)
     if "block_rows" in config and "num_warps" in config:  # Numba-CUDA
         rows, per_row = int(config["block_rows"]), 32 * int(config["num_warps"])
         vector = 16 if aligned == 16 else size
@@ -74,7 +81,7 @@ def rows(
     blocks, slower = resident(gpu, config, ceil(deal.threads, 32), registers, 0, compiled)
     if not blocks:
         return math.inf
-    total_blocks = ceil(m, deal.rows)
+    total_blocks = ceil(m, deal.rows) * deal.cluster
     busy = min(1.0, total_blocks / (gpu.multiprocessors * blocks))
     loads = min(deal.values * size, 128) if deal.kept else deal.vector_bytes * min(stages_of(config), 4)
     ahead = deal.threads * loads / deal.padding * blocks * busy
@@ -88,7 +95,7 @@ def rows(
     warps_a_row = max(1, deal.threads // deal.rows // 32)
     steps = 2 * deal.steps / max(2, min(stages_of(config), 4))  # both passes; compilers keep two loads under way
     chain_s = (2 if deal.kept else max(2.0, steps)) * LATENCY_S + (
-        300 + (150 if warps_a_row > 1 else 0) + 10 * warps_a_row
+        300 + (150 if warps_a_row > 1 else 0) + 10 * warps_a_row + (CLUSTER_CYCLES if deal.cluster > 1 else 0)
     ) / gpu.clock_hz
     waves = total_blocks / (gpu.multiprocessors * blocks)
     chain_s *= max(1.0, waves if waves > 8 else math.ceil(waves))

@@ -11,7 +11,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,11 +96,16 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Change:
-    """One row against its baseline: the verdict and what changed, in words. `row` is today's, or the lost one."""
+    """One row against its baseline: the verdict and what changed, in words. `row` is today's, or the lost one.
+
+    `older`: the baseline's source, if it is another than today's. The figures are compared all the same: that is what
+    a baseline is for.
+    """
 
     row: Row
     verdict: Verdict
     text: str
+    older: str = ""
 
 
 def compare(baseline: Iterable[Row], rows: Iterable[Row]) -> list[Change]:
@@ -108,7 +113,7 @@ def compare(baseline: Iterable[Row], rows: Iterable[Row]) -> list[Change]:
     old, new = {key(r): r for r in baseline}, {key(r): r for r in rows}
     changes = [Change(r, Verdict.NEW, "not in the baseline") for k, r in new.items() if k not in old]
     changes += [Change(r, Verdict.GONE, "in the baseline only") for k, r in old.items() if k not in new]
-    changes += [_judge(old[k], r) for k, r in new.items() if k in old]
+    changes += [replace(_judge(old[k], r), older=_older(old[k], r)) for k, r in new.items() if k in old]
     order = list(Verdict)
     return sorted(changes, key=lambda c: order.index(c.verdict))
 
@@ -119,6 +124,11 @@ def gate(changes: Sequence[Change]) -> ExitCode:
     if verdicts & {Verdict.BROKEN, Verdict.WORSE}:
         return ExitCode.REGRESSION
     return ExitCode.INCONCLUSIVE if verdicts & {Verdict.INCOMPARABLE, Verdict.GONE} else ExitCode.OK
+
+
+def _older(old: Row, new: Row) -> str:
+    before = str(old.get("source_hash") or "")
+    return before if before != new.get("source_hash") else ""
 
 
 def _judge(old: Row, new: Row) -> Change:
@@ -278,3 +288,6 @@ def change_table(changes: Sequence[Change], console: Console) -> None:
         columns = [Column(name, flexible=name in ("config", "what changed")) for name in names]
         print_table(console, "Against the baseline", columns, rows)
     console.print(f"{len(changes) - len(told)} of {len(changes)} rows are as in the baseline", markup=False)
+    if older := [c.row["impl"] for c in changes if c.older]:
+        counted = ", ".join(f"{name} ({older.count(name)})" for name in dict.fromkeys(older))
+        console.print(f"  the baseline is of an older source of: {counted}", markup=False, style="dim", soft_wrap=True)

@@ -7,8 +7,12 @@
 // A warp owns 16 rows. p and ds stay in its registers: accumulators have the layout of a left operand. Passing
 // rows come through a ring of STAGES buffers. Nothing is added in memory, so results repeat to the bit.
 //
-// Macros: PRECISION (fp16, bf16), HEAD_DIM, NUM_WARPS, BLOCK (passing rows at a time), STAGES (2 or more),
-// CAUSAL, KEYS; or PREPARE alone beside the first three: the kernel that makes the row statistics.
+// A thread holds HEAD_DIM / 2 values of each sum. Above 128 two sums are more registers than there are: dk and dv are
+// then two launches (SUMS 1 and 2), which costs one more product of the queries with the keys.
+//
+// Macros: PRECISION (fp16, bf16), HEAD_DIM, NUM_WARPS, BLOCK (passing rows at a time), STAGES (2 or more), CAUSAL,
+// KEYS, SUMS (1: dk or dq, 2: dv, 3: both; without KEYS 1); or PREPARE alone beside the first three: the kernel that
+// makes the row statistics.
 #include "rooftune.cuh"
 
 using namespace rt;
@@ -37,7 +41,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
 constexpr int OWN = 16 * NUM_WARPS, STEPS = D / 16, COLS = D / 8, TILES = BLOCK / 8;
 using Tile = Rows<D / 8>;
+constexpr bool SLOPES = SUMS & 1, WEIGHTS = SUMS & 2;  // which sums this launch makes: sum1 (of ds), sum2 (of p)
 constexpr int OWN_BYTES = OWN * Tile::STRIDE * 16, BLOCK_BYTES = BLOCK * Tile::STRIDE * 16;
+constexpr int OWN_TILES = SLOPES ? 2 : 1;  // p alone needs no v
 constexpr int STAGE_BYTES = 2 * BLOCK_BYTES + (KEYS ? BLOCK * 8 : 0);  // KEYS: and the statistics of the queries
 
 // 16 owned rows, one step of D, as a left operand
@@ -131,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int each = max(end - first, 0), total = KEYS ? each * group : each;
 
   char *own1 = shared, *own2 = shared + OWN_BYTES;
-  auto stage = [&](int step) { return shared + 2 * OWN_BYTES + step % STAGES * STAGE_BYTES; };
+  auto stage = [&](int step) { return shared + OWN_TILES * OWN_BYTES + step % STAGES * STAGE_BYTES; };
   auto fetch = [&](int step) {
     if (step < total) {
       const long long other = KEYS ? (long long)head * group + step / each : head / group;
@@ -148,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     copy_commit();
   };
   copy_tile<Tile, OWN, D, 16, THREADS>(own1, a1, D, 0, 0, own_rows - own0, D);  // in the first group
-  copy_tile<Tile, OWN, D, 16, THREADS>(own2, a2, D, 0, 0, own_rows - own0, D);
+  if (SLOPES) copy_tile<Tile, OWN, D, 16, THREADS>(own2, a2, D, 0, 0, own_rows - own0, D);
 #pragma unroll
   for (int step = 0; step < STAGES - 1; step++) fetch(step);
 
@@ -162,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       mean[r] = stats[2 * ((long long)head * sq + query) + 1];
     }
   }
-  float sum1[COLS][4] = {}, sum2[COLS][4] = {};  // without KEYS the second takes no registers
+  float sum1[COLS][4] = {}, sum2[COLS][4] = {};  // one that is not made takes no registers
 
   for (int step = 0; step < total; step++) {
     copy_wait<STAGES - 2>();
@@ -171,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const char *tile1 = stage(step), *tile2 = tile1 + BLOCK_BYTES;
     const float* pairs = reinterpret_cast<const float*>(tile2 + BLOCK_BYTES);
     const int other0 = (first + (KEYS ? step % each : step)) * BLOCK;
-    float w[TILES][4] = {}, slope[TILES][4] = {};
+    float w[TILES][4] = {};
     multiply_rows(w, own1, row, tile1);
 #pragma unroll
     for (int j = 0; j < TILES; j++)
@@ -191,7 +197,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           if (other >= other_rows || (CAUSAL && key > query + ahead)) w[j][e] = 0.0f;
         }
     }
-    if (KEYS) add_product(sum2, w, tile2);
+    if (WEIGHTS) add_product(sum2, w, tile2);
+    if (!SLOPES) continue;
+    float slope[TILES][4] = {};
     multiply_rows(slope, own2, row, tile2);
 #pragma unroll
     for (int j = 0; j < TILES; j++)
@@ -204,11 +212,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   copy_wait<0>();
   __syncthreads();
   const int rows = own_rows - own0;
-  T* target = out + ((long long)row1 + (long long)head * own_rows + own0) * D;
-  write_rows(target, own1, sum1, scale / LOG2E, row, rows);
-  if (KEYS) {
-    target = out + ((long long)row2 + (long long)head * own_rows + own0) * D;
-    write_rows(target, own2, sum2, 1.0f, row, rows);
-  }
+  if (SLOPES)
+    write_rows(out + ((long long)row1 + (long long)head * own_rows + own0) * D, own1, sum1, scale / LOG2E, row, rows);
+  if (WEIGHTS)
+    write_rows(out + ((long long)row2 + (long long)head * own_rows + own0) * D, SLOPES ? own2 : own1, sum2, 1.0f, row,
+               rows);
 }
 #endif

@@ -19,7 +19,7 @@ from rooftune.kernels.common.resources import worst
 from rooftune.kernels.common.triton import SHARED_MAX, Launch, Operand, emulated, native, power_of_two
 
 DEVICES = ("cuda", "rocm")
-PRECISIONS = ("bf16", "fp16")
+PRECISIONS = ("bf16", "fp16", "fp32")
 DELTA_ROWS = 64
 
 
@@ -70,12 +70,12 @@ def add_queries(  # type: ignore[no-untyped-def]
                 slope = tl.load(dout + i * D + at)
             level = tl.load(lse + i + row)
             mean = tl.load(delta + i + row)
-        weight = tl.exp2(tl.dot(key, query.T) * scale - (level * 1.4426950408889634)[None, :])
+        weight = tl.exp2(tl.dot(key, query.T, input_precision="ieee") * scale - (level * 1.4426950408889634)[None, :])
         if MASKED and CAUSAL:
             weight = tl.where((i + row)[None, :] >= first[:, None], weight, 0.0)
-        dv = tl.dot(weight.to(slope.dtype), slope, dv)
-        change = weight * (tl.dot(value, slope.T) - mean[None, :])
-        dk = tl.dot(change.to(query.dtype), query, dk)
+        dv = tl.dot(weight.to(slope.dtype), slope, dv, input_precision="ieee")
+        change = weight * (tl.dot(value, slope.T, input_precision="ieee") - mean[None, :])
+        dk = tl.dot(change.to(query.dtype), query, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -138,11 +138,11 @@ def add_keys(  # type: ignore[no-untyped-def]
         else:
             key = tl.load(k + j * D + at)
             value = tl.load(v + j * D + at)
-        weight = tl.exp2(tl.dot(query, key.T) * scale - level[:, None])
+        weight = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * scale - level[:, None])
         if MASKED:
             weight = tl.where((j + column)[None, :] <= last[:, None], weight, 0.0)
-        change = weight * (tl.dot(slope, value.T) - mean[:, None])
-        dq = tl.dot(change.to(key.dtype), key, dq)
+        change = weight * (tl.dot(slope, value.T, input_precision="ieee") - mean[:, None])
+        dq = tl.dot(change.to(key.dtype), key, dq, input_precision="ieee")
     return dq
 
 
@@ -194,20 +194,23 @@ def _shared(config: Config, problem: Problem) -> bool:
 
 
 def _registers(config: Config, problem: Problem) -> bool:
-    """Sums and two tiles of weights in registers: at most 160 values a thread."""
+    """Sums and two tiles of weights in registers: at most 160 values a thread; 96 for 32-bit operands."""
     d, threads = _block_d(problem), 32 * config["num_warps"]
+    most = 160 if FORMATS[problem.precision].bytes_in == 2 else 96
     keys = config["block_n1"] * (2 * d + 2 * config["block_m1"])
     queries = config["block_m2"] * (d + 2 * config["block_n2"])
-    return bool(max(keys, queries) <= 160 * threads)
+    return bool(max(keys, queries) <= most * threads)
 
 
 def _useful(config: Config, problem: Problem) -> bool:
-    """No block is more than half empty, no step longer than its block, each warp has rows; small checks are exempt."""
+    """No block is more than half empty, no step longer than its block, each warp of tensor cores has rows; small checks
+    are exempt."""
     if problem["sq"] * problem["sk"] < 2**15:
         return True
     m1, n1, m2, n2 = (config[x] for x in ("block_m1", "block_n1", "block_m2", "block_n2"))
     inside = max(m1, m2) < 2 * max(problem["sq"], 32) and max(n1, n2) < 2 * max(problem["sk"], 32)
-    return inside and m1 <= n1 and n2 <= m2 and (config["num_warps"] == 4 or min(n1, m2) >= 64)
+    rows = config["num_warps"] == 4 or min(n1, m2) >= 64 or problem.precision == "fp32"
+    return inside and m1 <= n1 and n2 <= m2 and rows
 
 
 def _default(problem: Problem) -> Config:
@@ -216,7 +219,11 @@ def _default(problem: Problem) -> Config:
     m1, n1, m2, n2, warps = (32, 128, 128, 32, 8) if d <= 64 else (32, 64, 64, 32, 8)
     if d > 128:
         m1, n1, m2, n2 = 16, 32, 32, 16
-    return {"block_m1": m1, "block_n1": n1, "block_m2": m2, "block_n2": n2, "num_warps": warps, "num_stages": 2}
+    stages = 2
+    if problem.precision == "fp32":
+        m1, n1, m2, n2 = (16, 64, 64, 16) if d <= 64 else (16, 32, 32, 16)
+        stages = 2 if d <= 128 else 1
+    return {"block_m1": m1, "block_n1": n1, "block_m2": m2, "block_n2": n2, "num_warps": warps, "num_stages": stages}
 
 
 SPACE = Space(

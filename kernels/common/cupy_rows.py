@@ -34,12 +34,12 @@ def _block(config: Config, problem: Problem) -> bool:
 
 def _clustered(config: Config, problem: Problem) -> bool:
     """A cluster is for rows that fill its blocks; each warp of a block has a float for its answers."""
-    blocks = config.get("cluster", 1)
+    blocks = config["cluster"]
     whole = config["threads_per_row"] == config["num_threads"] >= 32 * blocks
     return bool(blocks == 1 or (whole and problem["n"] >= CLUSTER_FROM))
 
 
-def space(held: int = 1, clusters: tuple[int, ...] = (1, 2, 4, 8)) -> Space:
+def space(held: int = 1) -> Space:
     """Threads of a row, threads of a block, elements a load, blocks of a row (compute capability 9.0 and newer).
 
     `held`: values kept for each place of a row.
@@ -50,14 +50,13 @@ def space(held: int = 1, clusters: tuple[int, ...] = (1, 2, 4, 8)) -> Space:
         vec, threads = _vec({"vec": widest}, problem), 8
         while threads < 1024 and held * _values(threads, vec, problem["n"]) > WANTED_VALUES:
             threads *= 2
-        config = {"threads_per_row": threads, "num_threads": max(threads, 128), "vec": widest}
-        return {**config, "cluster": 1} if clusters else config
+        return {"threads_per_row": threads, "num_threads": max(threads, 128), "vec": widest, "cluster": 1}
 
     axes = {
         "threads_per_row": (8, 16, 32, 64, 128, 256, 512, 1024),
         "num_threads": (64, 128, 256, 512, 1024),
         "vec": (1, 2, 4, 8),
-        **({"cluster": clusters} if clusters else {}),
+        "cluster": (1, 2, 4, 8),
     }
     return Space(axes=axes, where=(_one_load, _block, _clustered), default=default)
 
@@ -80,14 +79,14 @@ def kernel(
     """
     vec, threads = _vec(config, problem), config["num_threads"]
     kept = min(KEPT_VALUES, REGISTERS // threads - beside)
-    cluster = config.get("cluster", 1)
+    cluster = config["cluster"]
     values = _values(config["threads_per_row"] * cluster, vec, problem["n"])
     settings = {
         "PRECISION": PRECISION_CODE[problem.precision],
         "BLOCK_THREADS": threads,
         "ROW_THREADS": config["threads_per_row"],
         "VEC": vec,
-        "CLUSTER": cluster,
+        "CLUSTER_SIZE": cluster,
         "ITEMS": values // vec if held * values <= kept else 0,
         **macros,
     }
@@ -96,18 +95,7 @@ def kernel(
 
 def grid(problem: Problem, config: Config) -> int:
     """Blocks for all rows."""
-    return -(-problem["m"] * config["threads_per_row"] // config["num_threads"]) * int(config.get("cluster", 1))
-
-
-def emulable(config: Config) -> Config:
-    """The config, if it can be emulated.
-
-    Raises:
-        UsageError: the emulation runs one block at a time.
-    """
-    if config.get("cluster", 1) > 1:
-        raise UsageError("clusters of blocks are not emulated: such a config is compiled only")
-    return config
+    return -(-problem["m"] * config["threads_per_row"] // config["num_threads"]) * int(config["cluster"])
 
 
 def compilable(config: Config, arch: str) -> Config:
@@ -116,6 +104,6 @@ def compilable(config: Config, arch: str) -> Config:
     Raises:
         UsageError: clusters before compute capability 9.0.
     """
-    if config.get("cluster", 1) > 1 and int(arch.removeprefix("sm_").rstrip("a")) < 90:
+    if config["cluster"] > 1 and int(arch.removeprefix("sm_").rstrip("a")) < 90:
         raise UsageError(f"{arch} has no clusters of blocks; they begin with sm_90")
     return config

@@ -1,29 +1,31 @@
 // Backward of layer norm, or with RMS of the RMS norm: dx by rows, and the sums over rows for dweight and dbias.
 //
-// Rows that fit stay in registers: blocks walk over the rows, one pass over dy and x makes dx and adds to the
-// thread's own columns of the two sums; each group of ROW_THREADS writes them as a partial row. Longer rows
-// (ITEMS 0) are read twice for dx, and sums_kernel reads dy and x once more by columns. add_kernel adds the
-// partial rows up, always in the same order. Macros: those of rows.cuh, RMS, and KERNEL: which of the three is
-// compiled. out is [m + 2, n] or, with RMS, [m + 1, n]; parts is fp32 [2 or 1, partial rows, n], dweight first.
+// Rows that fit stay in registers: blocks (or clusters of them) walk over the rows, one pass over dy and x makes dx
+// and adds to the thread's own columns of the two sums; each group of ROW_THREADS (or cluster) writes them as a
+// partial row. Longer rows (ITEMS 0) are read twice for dx, and sums_kernel reads dy and x once more by columns.
+// add_kernel adds the partial rows up, always in the same order. Macros: those of rows.cuh, RMS, and KERNEL: which of
+// the three is compiled. out is [m + 2, n] or, with RMS, [m + 1, n]; parts: fp32 [2 or 1, partial rows, n], dweight
+// first.
 #include "rows.cuh"
 
 using namespace rt;
 
 #if KERNEL == 0
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
-    rows_kernel(T* __restrict__ out, float* __restrict__ parts, const T* __restrict__ dy, const T* __restrict__ x,
-                const T* __restrict__ weight, const float* __restrict__ mean, const float* __restrict__ rstd, int m,
-                int n) {
+ROW_KERNEL rows_kernel(T* __restrict__ out, float* __restrict__ parts, const T* __restrict__ dy,
+                       const T* __restrict__ x, const T* __restrict__ weight, const float* __restrict__ mean,
+                       const float* __restrict__ rstd, int m, int n) {
   SHARED_MEMORY(shared);
   constexpr int WARPS = BLOCK_THREADS / 32, GROUPS = BLOCK_THREADS / ROW_THREADS;
-  float* scratch = reinterpret_cast<float*>(shared);  // two floats per warp, twice: rows take turns
-  const int group = threadIdx.x / ROW_THREADS, thread = threadIdx.x % ROW_THREADS;
+  constexpr int TURN = (CLUSTER_SIZE > 1 ? 4 : 2) * WARPS;  // floats of both reductions of a row
+  float* scratch = reinterpret_cast<float*>(shared);        // those twice: rows take turns
+  const Row place(m, n);
   const float share = 1.0f / n;
 
 #if ITEMS > 0
   float by_weight[ITEMS][VEC] = {}, by_bias[ITEMS][VEC] = {};
+  const int walkers = gridDim.x / CLUSTER_SIZE * GROUPS, group = threadIdx.x / ROW_THREADS;
   int turn = 0;
-  for (int first = blockIdx.x * GROUPS; first < m; first += gridDim.x * GROUPS, turn ^= 2 * WARPS) {
+  for (int first = place.row - group; first < m; first += walkers, turn ^= TURN) {
     const bool active = first + group < m;  // past the last row: a repeated one, neither stored nor added
     const int row = active ? first + group : m - 1;
     const long long start = (long long)row * n;
@@ -31,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     float g[ITEMS][VEC], normed[ITEMS][VEC], level = 0.0f, along = 0.0f;
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
-      const int col = (item * ROW_THREADS + thread) * VEC;
+      const int col = place.column(item);
 #pragma unroll
       for (int i = 0; i < VEC; i++) g[item][i] = normed[item][i] = 0.0f;
       if (col < n) {
@@ -55,33 +57,31 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     level = RMS ? 0.0f : reduce_row(level, scratch + turn + WARPS, Sum()) * share;
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
-      const int col = (item * ROW_THREADS + thread) * VEC;
+      const int col = place.column(item);
       if (active && col < n)
         store_vector(out + start + col,
                      [&](int i) { return (g[item][i] - level - normed[item][i] * along) * inverse; });
     }
   }
-  const long long count = (long long)gridDim.x * GROUPS;
-  float* mine = parts + (long long)(blockIdx.x * GROUPS + group) * n;
+  float* mine = parts + (long long)place.row * n;
 #pragma unroll
   for (int item = 0; item < ITEMS; item++) {
-    const int col = (item * ROW_THREADS + thread) * VEC;
+    const int col = place.column(item);
     if (col >= n) continue;
 #pragma unroll
     for (int i = 0; i < VEC; i++) {
       mine[col + i] = by_weight[item][i];
-      if (!RMS) mine[count * n + col + i] = by_bias[item][i];
+      if (!RMS) mine[(long long)walkers * n + col + i] = by_bias[item][i];
     }
   }
 #else
-  const Row row(m, n);
-  const int at = row.active ? row.row : m - 1;
+  const int at = place.active ? place.row : m - 1;
   const float inverse = rstd[at], centre = RMS ? 0.0f : mean[at];
-  const T* values = x + row.start;
-  const T* slopes = dy + row.start;
+  const T* values = x + place.start;
+  const T* slopes = dy + place.start;
   float level = 0.0f, along = 0.0f;
   auto each = [&](auto use) {  // use(column, dy * weight, xhat) of this thread's vectors
-    each_vector(values, thread, n, [&](int col, const float(&v)[VEC]) {
+    each_vector(values, place.thread, n, [&](int col, const float(&v)[VEC]) {
       float g[VEC], normed[VEC];
       unpack(slopes + col, [&](int i, float value) { g[i] = value; });
       unpack(weight + col, [&](int i, float value) { g[i] *= value; });
@@ -100,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   along = reduce_row(along, scratch, Sum()) * share;
   level = RMS ? 0.0f : reduce_row(level, scratch + WARPS, Sum()) * share;
   each([&](int col, const float(&g)[VEC], const float(&normed)[VEC]) {
-    if (row.active)
-      store_vector(out + row.start + col, [&](int i) { return (g[i] - level - normed[i] * along) * inverse; });
+    if (place.active)
+      store_vector(out + place.start + col, [&](int i) { return (g[i] - level - normed[i] * along) * inverse; });
   });
 #endif
 }

@@ -23,12 +23,12 @@ ADD_THREADS = 256
 def _spread(config: Config, problem: Problem) -> bool:
     """Not more blocks than there are rows for."""
     groups = config["num_threads"] // config["threads_per_row"]
-    return bool(config["blocks"] == 32 or config["blocks"] * groups <= problem["m"])
+    return bool(config["blocks"] == 32 or config["blocks"] // config["cluster"] * groups <= problem["m"])
 
 
 def _space() -> Space:
-    """That of rows, and how many blocks walk over them: the count of partial sums."""
-    base = rows.space(HELD, clusters=())
+    """That of rows, and how many blocks walk over them: the count of partial sums, in clusters times their size."""
+    base = rows.space(HELD)
 
     def default(problem: Problem) -> Config:
         config = base.default_for(problem)
@@ -60,13 +60,14 @@ def _plan(problem: Problem, config: Config) -> _Plan:
     main = rows.kernel(source, "rows_kernel", problem, config, BESIDE, HELD, RMS=rms, KERNEL=0)
     main = replace(main, shared_bytes=2 * main.shared_bytes)
     settings = {**dict(main.macros), "BLOCK_THREADS": ADD_THREADS, "ROW_THREADS": ADD_THREADS, "ITEMS": 0, "RMS": rms}
+    settings |= {"CLUSTER_SIZE": 1}
     plain = tuple((settings | {"VEC": 1, "RMS": 0, "KERNEL": 2}).items())  # one binary for every shape
     add = cuda.Kernel(source, "add_kernel", plain, ADD_THREADS, ADD_THREADS * 4)
     add_grid = -(-n // 32) * (1 if rms else 2)
     if dict(main.macros)["ITEMS"]:
-        groups = config["num_threads"] // config["threads_per_row"]
-        blocks = min(config["blocks"], -(-m // groups))
-        return _Plan((main, add), (blocks, add_grid), blocks * groups)
+        groups, cluster = config["num_threads"] // config["threads_per_row"], config["cluster"]
+        walkers = min(config["blocks"] // cluster, -(-m // groups))
+        return _Plan((main, add), (walkers * cluster, add_grid), walkers * groups)
     sums = cuda.Kernel(source, "sums_kernel", tuple((settings | {"KERNEL": 1}).items()), ADD_THREADS)
     across = -(-n // (ADD_THREADS * settings["VEC"]))
     splits = max(1, min(m, config["blocks"] * 4 // across))
@@ -93,8 +94,8 @@ def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], 
 
 
 def build(problem: Problem, config: Config) -> Run:
-    """On the current GPU."""
-    return _runner(problem, config, cuda.device, "cuda")
+    """On the current GPU; clusters from compute capability 9.0 on."""
+    return _runner(problem, rows.compilable(config, cuda.current_arch()), cuda.device, "cuda")
 
 
 def emulate(problem: Problem, config: Config) -> Run:
@@ -104,4 +105,4 @@ def emulate(problem: Problem, config: Config) -> Run:
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
     """What the machine code takes: of several kernels, the most that one of them does."""
-    return worst([cuda.resources(kernel, arch) for kernel in _plan(problem, config).kernels])
+    return worst([cuda.resources(kernel, arch) for kernel in _plan(problem, rows.compilable(config, arch)).kernels])

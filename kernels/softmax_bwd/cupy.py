@@ -38,7 +38,7 @@ def build(problem: Problem, config: Config) -> Run:
 
 def emulate(problem: Problem, config: Config) -> Run:
     """The same source on CPU tensors, one fiber per thread."""
-    return _runner(problem, rows.emulable(config), cuda.host)
+    return _runner(problem, config, cuda.host)
 
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:

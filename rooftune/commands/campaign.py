@@ -93,6 +93,8 @@ def _phases(work: Campaign, say: Callable[[str], None]) -> None:
     an outcome, and the next phase begins.
     """
     for phase, walk in PHASES.items():
+        if phase == "tune":  # a small budget's tuning left no time for a single final race
+            work.plan.keep("final", work.a_final_s())
         seconds = work.plan.enter(phase)
         if work.plan.shares[phase] == 0.0:
             continue
@@ -128,11 +130,17 @@ def _problems(chosen: argparse.Namespace, kind: str, loaded: Sequence[Impl]) -> 
 
 
 def _ops(loaded: Sequence[Impl], kind: str) -> list[str]:
-    """Those of the loaded files; else the suite's in its order, then those it does not name."""
+    """Those of the loaded files; else the suite's in its order, then those it does not name for which there is more
+    here than torch."""
     if loaded:
         return sorted({impl.op for impl in loaded})
     named = [op for op in catalogue.operators("campaign", kind) if op in registry.op_names()]
-    return [*named, *(op for op in registry.op_names() if op not in named)]
+    return [*named, *(op for op in registry.op_names() if op not in named and _contested(op, kind))]
+
+
+def _contested(op: str, kind: str) -> bool:
+    ours = (i for i in registry.impls(op) if not i.baseline and not i.per_shape)
+    return any(kind in i.devices and not i.missing for i in ours)
 
 
 def _of_suite(op: str, precision: str, kind: str) -> list[Problem]:

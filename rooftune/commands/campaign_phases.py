@@ -41,15 +41,9 @@ def probe(work: Campaign) -> None:
 
 def check(work: Campaign) -> None:
     """Every competitor on small problems, thoroughly, each in a process of its own; several at a time."""
-    wanted: dict[str, tuple[Impl, list[str]]] = {}
-    for problem in work.problems:
-        for impl in work.field[problem.op]:
-            if problem.precision in impl.precisions and not impl.baseline and not impl.per_shape:
-                precisions = wanted.setdefault(impl.module, (impl, []))[1]
-                if problem.precision not in precisions:
-                    precisions.append(problem.precision)
-    doubt = evidence.on_record(impl for impl, _ in wanted.values())
-    order = sorted(wanted.values(), key=lambda w: _uncertainty(doubt[w[0].key]), reverse=True)
+    wanted = work.to_check()
+    doubt = evidence.on_record(impl for impl, _ in wanted)
+    order = sorted(wanted, key=lambda w: _uncertainty(doubt[w[0].key]), reverse=True)
     stop, lost, lock = threading.Event(), threading.Event(), threading.Lock()
     pool = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 2) // 2 + 1)))
     tasks: set[Future[None]] = {pool.submit(_check, work, impl, asked, stop, lost, lock) for impl, asked in order}
@@ -77,7 +71,7 @@ def _check(
     lock: threading.Lock,
 ) -> None:
     for precision in precisions:
-        key = f"check {impl.key} {precision} {impl.source_hash}"
+        key = work.check_key(impl, precision)
         if work.home.done(key) or stop.is_set():
             continue
         work.session.say(f"check {impl.key} {precision}")

@@ -34,20 +34,35 @@ class Plan:
         self.shares = {phase: 0.0 if phase == without else share for phase, share in SHARES.items()}
         self.end = self.begin + budget_s
         self.phase, self.entered, self.until = "", self.begin, self.begin
+        self._kept: tuple[str, float] = ("", 0.0)
+        self._reserved = 0.0  # of it, in the phase that runs
+
+    def keep(self, phase: str, seconds: float) -> None:
+        """See to it that a later phase has that long, as far as half of what is left when another begins allows."""
+        self._kept = (phase, seconds)
 
     def enter(self, phase: str) -> float:
         """Begin a phase; returns the seconds it may take."""
         names = list(self.shares)
-        ahead = sum(self.shares[name] for name in names[names.index(phase) :])
-        allowed = max(0.0, self.end - self.clock()) * self.shares[phase] / ahead if ahead else 0.0
+        mine = {name: self.shares[name] for name in names[names.index(phase) :]}
+        left = max(0.0, self.end - self.clock())
+        kept, seconds = self._kept
+        self._reserved = 0.0
+        if kept in mine and kept != phase:
+            seconds = min(seconds, left / 2)
+            if seconds * sum(mine.values()) > left * mine[kept]:  # more than its share
+                left, self._reserved = left - seconds, seconds
+                del mine[kept]
+        ahead = sum(mine.values())
+        allowed = left * mine[phase] / ahead if ahead else 0.0
         self.phase, self.entered = phase, self.clock()
         self.until = self.entered + allowed
         return allowed
 
     def break_off(self) -> float:
         """The moment at which a step that is under way is broken off: when its phase has taken as long again, but
-        no more than half of what the later phases have."""
-        later = max(0.0, self.end - self.until)
+        no more than half of what the later phases have without what is kept for one of them."""
+        later = max(0.0, self.end - self.until - self._reserved)
         return self.until + min(max(self.until - self.entered, LEAST_GRACE_S), later / 2 if later else 0.0)
 
     def left(self) -> float:

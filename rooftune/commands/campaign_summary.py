@@ -6,6 +6,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from rooftune.commands.campaign_tune import missing_roof, tune_key
 from rooftune.core import Problem, Status
 from rooftune.results import export, report, store
 from rooftune.results.record import Record
@@ -17,20 +18,19 @@ if TYPE_CHECKING:
 
 
 def show(work: Campaign, console: Console) -> None:
-    """Print the summary, and leave it in the folder as summary.json and summary.md."""
+    """Leave the summary in the folder as summary.json and summary.md, and print it, the table last."""
     rows = [row(work, problem) for problem in work.problems]
     lines: list[tuple[list[str], str]] = [(cells(r), "green" if r["faster"] else "") for r in rows]
     columns = [
         report.Column(name, name in RIGHT, name in ("problem", "best of ours", "best torch call")) for name in HEADER
     ]
-    console.print()
-    report.print_table(console, f"Campaign on {work.session.device.name}, {work.plan.spent():.0f} s", columns, lines)
     told = notes(work, rows)
-    for text in told:
-        console.print(f"  {text}", markup=False)
     data = {"device": work.session.about, "run": work.session.run, "problems": rows, "notes": told}
     store.atomic_write(work.home.folder / "summary.json", json.dumps(data, indent=1) + "\n")
     store.atomic_write(work.home.folder / "summary.md", markdown(work, rows, told))
+    console.print()
+    for text in told:
+        console.print(f"  {text}", markup=False)
     size = work.home.used() / 2**20
     kept = f"{work.home.folder}: {size:.2f} MiB; to keep it on record: cp {work.home.path} results/reference/"
     console.print(f"  {kept}", markup=False, style="dim", soft_wrap=True)
@@ -38,6 +38,8 @@ def show(work: Campaign, console: Console) -> None:
         console.print(
             f"  tuned configs are used with ROOFTUNE_TABLE={table}", markup=False, style="dim", soft_wrap=True
         )
+    console.print()
+    report.print_table(console, f"Campaign on {work.session.device.name}, {work.plan.spent():.0f} s", columns, lines)
 
 
 HEADER = (
@@ -52,6 +54,7 @@ HEADER = (
     "source",
 )
 RIGHT = ("time", "vs best torch (95 %)", "roof", "tuned")
+SHOWN = 4  # names of what was cut
 
 
 def row(work: Campaign, problem: Problem) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def row(work: Campaign, problem: Problem) -> dict[str, Any]:
     timed = [r for r in records if r.time_s is not None]
     mine = min((r for r in timed if not work.is_torch(r.impl)), key=_time, default=None)
     torch = min((r for r in timed if work.is_torch(r.impl)), key=_time, default=None)
-    gains = [s["result"]["speedup"] for s in work.home.of("tune") if s.get("result", {}).get("better")
+    gains = [s["result"]["speedup"] for s in _tunings(work) if s.get("result", {}).get("better")
              and s["problem"] == str(problem)]  # fmt: skip
     low = mine.ratio_ci[0] if mine is not None and mine.ratio_ci else None
     return {
@@ -117,7 +120,7 @@ def notes(work: Campaign, rows: list[dict[str, Any]]) -> list[str]:
     right = sum(s["status"] == Status.OK for s in checks)
     told = [f"checked: {right} of {len(checks)} competitors x precisions are right on this device"]
     told += [f"{s['impl']} {s['precision']}: {s['status']}: {s['reason']}" for s in checks if s["status"] != Status.OK]
-    tuned = home.of("tune")
+    tuned = _tunings(work)
     if tuned:
         better = sum(bool(s.get("result", {}).get("better")) for s in tuned)
         told.append(f"tuned: {len(tuned)} competitors x problems, {better} configs better than their default")
@@ -131,11 +134,39 @@ def notes(work: Campaign, rows: list[dict[str, Any]]) -> list[str]:
                 f"{joules * 1e3:.4g} mJ/call ({method})" if joules else str(s["energy"].get("reason") or s["reason"])
             )
             told.append(f"energy {s['impl']} {s['problem']}: {value}")
-    if late := [r["problem"] for r in rows if r["phase"] is None]:
-        told.append(f"not reached: {', '.join(late)}; the same command goes on from here")
-    elif first := [r["problem"] for r in rows if r["phase"] == "race"]:
-        told.append(f"no final race yet (few rounds): {', '.join(first)}; the same command goes on from here")
+    if missed := cut(work, rows):
+        told += [f"cut by the budget: {each}" for each in missed]
+        told.append("the same command goes on from here")
     return told
+
+
+def _tunings(work: Campaign) -> list[dict[str, Any]]:
+    """Finished tunings of today's sources."""
+    return [s for s in work.home.of("tune") if s["key"].endswith(work.sources.get(s["impl"], " gone"))]
+
+
+def cut(work: Campaign, rows: list[dict[str, Any]]) -> list[str]:
+    """What the time did not reach, phase by phase; what cannot be done here is not missed."""
+    done, energy = work.home.done, {s.get("problem") for s in work.home.of("energy")}
+    checks = [(impl, precision) for impl, precisions in work.to_check() for precision in precisions]
+    over = {s["problem"] for phase in ("race", "final") for s in work.home.of(phase) if s["status"] == "skipped"}
+    raced = [r for r, p in zip(rows, work.problems, strict=True) if work.healthy(p) and r["problem"] not in over]
+    pairs = list(missing_roof(work))
+    phases = {
+        "checks": (len(checks), [f"{i.key} {p}" for i, p in checks if not done(work.check_key(i, p))]),
+        "first races": (len(raced), [r["problem"] for r in raced if r["phase"] is None]),
+        "tunings": (len(pairs), [f"{i.key} {p}" for i, p in pairs if not done(tune_key(i, p))]),
+        "final races": (len(raced), [r["problem"] for r in raced if r["phase"] != "final"]),
+    }
+    if not done("energy"):  # there is a sensor
+        finals = [r["problem"] for r in raced if r["phase"] == "final"]
+        phases["energy readings"] = (len(finals), [p for p in finals if p not in energy])
+    return [f"{len(left)} of {total} {name} ({_some(left)})" for name, (total, left) in phases.items() if left]
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def markdown(work: Campaign, rows: list[dict[str, Any]], told: list[str]) -> str:

@@ -25,7 +25,7 @@ ENERGY = {"windows": 3, "window_s": 4.0, "idle_s": 2.0, "warm_s": 2.0}
 
 def tune(work: Campaign) -> None:
     """Time by the share of the roof that the best config so far still misses, to the neediest few."""
-    missing = {pair: share for pair, share in _missing(work).items() if not work.home.done(_tune_key(*pair))}
+    missing = {pair: share for pair, share in missing_roof(work).items() if not work.home.done(tune_key(*pair))}
     dealt = shares_of(missing, max(0.0, work.plan.left()), LEAST_TUNE_S)
     final_s = FINAL_S
     for number, ((impl, problem), _) in enumerate(dealt):
@@ -55,7 +55,7 @@ def _no_longer_than(work: Campaign, seconds: float) -> Iterator[None]:
         lab.until = phase_end
 
 
-def _missing(work: Campaign) -> dict[tuple[Impl, Problem], float]:
+def missing_roof(work: Campaign) -> dict[tuple[Impl, Problem], float]:
     """(competitor, problem) -> share of the roof its best config misses; without a roof, of the best torch call's
     speed doubled. Baselines, and what has nothing to tune, are left out."""
     found: dict[tuple[Impl, Problem], float] = {}
@@ -69,7 +69,7 @@ def _missing(work: Campaign) -> dict[tuple[Impl, Problem], float]:
 
 
 def _tune(work: Campaign, impl: Impl, problem: Problem, budget_s: float) -> None:
-    key = _tune_key(impl, problem)
+    key = tune_key(impl, problem)
     name = re.sub(r"[^a-z0-9]+", "-", f"{impl.key} {problem}".lower()).strip("-")
     about = {"impl": impl.key, "problem": str(problem), "budget_s": round(budget_s, 1)}
     try:
@@ -101,7 +101,7 @@ def _tune(work: Campaign, impl: Impl, problem: Problem, budget_s: float) -> None
 
 def best_config(work: Campaign, impl: Impl, problem: Problem) -> Config | None:
     """The tuned config if there is one, else the fastest that raced; None if that is the default."""
-    tuned = work.home.done(_tune_key(impl, problem))
+    tuned = work.home.done(tune_key(impl, problem))
     if tuned is not None and tuned["status"] == "ok" and tuned["result"]["better"]:
         found: Config = tuned["result"]["config"]
         return found
@@ -139,5 +139,6 @@ def _energy(work: Campaign, key: str, problem: Problem, record: Record) -> None:
     work.home.finish(key, "energy", str(reply.status), reason=reply.reason, energy=found, **about)
 
 
-def _tune_key(impl: Impl, problem: Problem) -> str:
+def tune_key(impl: Impl, problem: Problem) -> str:
+    """Of the step that tunes a competitor's present source on a problem."""
     return f"tune {impl.key} {problem} {impl.source_hash}"

@@ -14,6 +14,7 @@ from rooftune.results.record import Record
 from rooftune.session import Session
 
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 30.0, 90.0
+FINAL_TO_FIRST = 1.8
 
 
 @dataclasses.dataclass
@@ -51,8 +52,24 @@ class Campaign:
         self._longest_s[self.plan.phase] = max(seconds, self._longest_s.get(self.plan.phase, 0.0))
         return seconds
 
+    def a_final_s(self) -> float:
+        """What one final race takes, judged by the longest race so far (here or in an earlier sitting): it has twice
+        the rounds, and more entrants; the most of either is building and checking."""
+        return FINAL_TO_FIRST * max((float(s.get("spent_s", 0.0)) for s in self.home.of("race")), default=0.0)
+
     def keep(self, records: Iterable[Record]) -> None:
         self.session.keep(self.home.compact(records))
+
+    def to_check(self) -> list[tuple[Impl, list[str]]]:
+        """Competitors that are no call of torch's, with the precisions they are asked for."""
+        wanted: dict[str, tuple[Impl, list[str]]] = {}
+        for problem in self.problems:
+            for impl in self.field[problem.op]:
+                if problem.precision in impl.precisions and not impl.baseline and not impl.per_shape:
+                    precisions = wanted.setdefault(impl.module, (impl, []))[1]
+                    if problem.precision not in precisions:
+                        precisions.append(problem.precision)
+        return list(wanted.values())
 
     def healthy(self, problem: Problem) -> list[Impl]:
         """Competitors of a problem, without those whose check failed or hung in this precision."""
@@ -78,6 +95,10 @@ class Campaign:
             if any(r.time_s is not None for r in newest.values()):
                 return list(newest.values())
         return found
+
+    def check_key(self, impl: Impl, precision: str) -> str:
+        """Of the step that checks a competitor's present source."""
+        return f"check {impl.key} {precision} {impl.source_hash}"
 
     def is_torch(self, key: str) -> bool:
         """Whether a competitor is a baseline, or torch's own compiler."""

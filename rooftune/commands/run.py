@@ -42,7 +42,7 @@ def run(chosen: argparse.Namespace) -> ExitCode:
             every = [impl for impls in field.values() for impl in impls]
             extra = common.tuned_entrants(session, problems, every)
             goals = catalogue.goals(chosen.suite, problems, kind)
-            measure(session, problems, field, timing, console, extra, records, goals)
+            measure(session, problems, field, timing, console, extra, records, goals=goals)
         if chosen.evidence != "none":
             proofs = prove(session, field, common.precisions(chosen), timing.seed, chosen.evidence == "full")
             records += proofs

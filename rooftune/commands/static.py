@@ -147,7 +147,10 @@ def _write(chosen: argparse.Namespace, rows: list[results.Row], changes: Sequenc
     """`--save`, and the forms for programs; with a baseline a row also has its verdict and what changed."""
     if chosen.save:
         results.save(chosen.save, rows)
-    judged = {results.key(c.row): {"verdict": str(c.verdict), "change": c.text} for c in changes}
+    judged = {
+        results.key(c.row): {"verdict": str(c.verdict), "change": c.text, "baseline_source_hash": c.older or None}
+        for c in changes
+    }
     if judged:
         rows = [row | judged[results.key(row)] for row in rows]
     makers: dict[str, Callable[[], str]] = {

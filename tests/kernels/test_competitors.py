@@ -39,6 +39,7 @@ SIZES = {
 }
 THOROUGH = {  # with ragged relatives; else bf16, fp32, int8. Row kernels differ by precision in loads and stores only
     "softmax": ("bf16",), "layernorm": ("bf16",), "softmax_bwd": ("fp32",), "layernorm_bwd": ("fp32",),
+    "attention_bwd": ("bf16",),
 }  # fmt: skip
 SMALL_SPILL = 256  # bytes stored and loaded: attention at d=128 keeps a few registers too many on sm_80
 # fp16 differs from bf16 in the type of one instruction: compiled for GEMM only (Numba-CUDA's takes 10 s, and is not)
@@ -123,6 +124,8 @@ OTHER_PATHS = {  # configs whose code the default of a small problem does not re
         {"block_m": 32, "block_n": 64, "block_k": 32, "num_warps": 4, "schedule": "persistent", "subtiles": 2},
     ),
     "several rows a program": ("layernorm_bwd/triton", "layernorm_bwd[m=70,n=40,bf16]", {"block_m": 1, "programs": 32}),
+    "dk and dv by a launch each": ("attention_bwd/cupy", "attention_bwd[b=1,h=2,hkv=1,sq=40,sk=56,d=256,bf16]", {}),
+    "wide heads in fp32": ("attention_bwd/cupy", "attention_bwd[b=1,h=2,hkv=1,sq=20,sk=37,d=144,causal,fp32]", {}),
     "several rows a block": (
         "layernorm_bwd/cupy",
         "layernorm_bwd[m=70,n=200,fp32]",

@@ -18,7 +18,8 @@ import pytest
 from rooftune import device, registry
 from rooftune.autotune.ranking import Gpu
 from rooftune.bench import main
-from rooftune.commands import campaign_phases, campaign_tune
+from rooftune.commands import campaign as campaign_verb
+from rooftune.commands import campaign_phases, campaign_summary, campaign_tune
 from rooftune.commands.campaign_plan import Home, Plan
 from rooftune.commands.campaign_work import Campaign
 from rooftune.core import ExitCode
@@ -113,6 +114,44 @@ def test_a_final_in_which_nothing_was_timed_does_not_hide_the_first_race(tmp_pat
         assert [r.time_s for r in work.latest(work.problems[0])] == [1e-3]
     work.home.records.append(replace(work.home.records[0], time_s=2e-3, regime={"phase": "final"}))
     assert [r.time_s for r in work.latest(work.problems[0])] == [2e-3]
+
+
+def test_what_the_budget_cut_is_told_phase_by_phase(tmp_path: Path) -> None:
+    work = work_on_h200(tmp_path, [], {})
+    problem, triton = work.problems[0], registry.impl("gemm/triton")
+
+    def cut() -> list[str]:
+        return campaign_summary.cut(work, [campaign_summary.row(work, p) for p in work.problems])
+
+    checks = [(i, p) for i, asked in work.to_check() for p in asked]
+    assert {p for _, p in checks} == {"bf16"}
+    nothing = cut()
+    assert nothing[0].startswith(f"{len(checks)} of {len(checks)} checks (")
+    assert nothing[1:] == [f"1 of 1 first races ({problem})", f"1 of 1 final races ({problem})"]
+    for impl, precision in checks:
+        about = {"impl": impl.key, "precision": precision, "source_hash": impl.source_hash}
+        work.home.finish(work.check_key(impl, precision), "check", "ok", **about)
+    found = replace(record(), problem=str(problem), impl=triton.key, source_hash=triton.source_hash, roof=0.5)
+    work.home.records.append(replace(found, regime={"phase": "race"}))
+    assert cut() == [f"1 of 1 tunings ({triton.key} {problem})", f"1 of 1 final races ({problem})"]
+    work.home.finish(campaign_tune.tune_key(triton, problem), "tune", "ok", impl=triton.key, problem=str(problem))
+    work.home.finish(f"tune {triton.key} {problem} older", "tune", "ok", impl=triton.key, problem=str(problem))
+    told = campaign_summary.notes(work, [campaign_summary.row(work, p) for p in work.problems])
+    assert "tuned: 1 competitors x problems, 0 configs better than their default" in told
+    work.home.records.append(replace(found, regime={"phase": "final"}))
+    assert cut() == [f"1 of 1 energy readings ({problem})"]
+    work.home.finish("energy", "energy", "unavailable", reason="no sensor")
+    assert cut() == []
+
+
+def test_no_time_goes_to_operators_that_only_torch_has_here() -> None:
+    chosen = campaign_verb._ops([], "cpu")
+    assert chosen[:2] == ["gemm", "attention"]
+    assert not [op for op in chosen if op.endswith("_bwd")]  # on a CPU they have no competitor of ours
+
+
+def test_names_of_what_was_cut_do_not_fill_the_screen() -> None:
+    assert campaign_summary._some(list("abcdef")) == "a, b, c, d and 2 more"
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------

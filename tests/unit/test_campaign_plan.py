@@ -76,6 +76,24 @@ def test_a_step_that_overruns_leaves_the_later_phases_half_of_theirs() -> None:
     assert late.enter("final") > 10.0
 
 
+def test_a_small_budgets_tuning_leaves_time_for_a_final_race() -> None:
+    now = [0.0]
+    plan = Plan(100.0, "energy", clock=lambda: now[0])
+    plan.enter("race")
+    plan.keep("final", 0.0)
+    free = plan.enter("tune")
+    assert free == pytest.approx(100 * 0.3 / 0.44)
+    plan.keep("final", 20.0)  # less than its share
+    assert plan.enter("tune") == pytest.approx(free)
+    plan.keep("final", 45.0)
+    assert plan.enter("tune") == pytest.approx(55.0)
+    plan.keep("final", 90.0)  # not more than half
+    assert plan.enter("tune") == pytest.approx(50.0)
+    assert plan.break_off() == pytest.approx(50.0)  # nor does a tuning that overruns take it
+    now[0] = 60.0
+    assert plan.enter("final") == pytest.approx(40.0)
+
+
 def test_tuning_time_goes_to_what_is_missing() -> None:
     dealt = dict(shares_of({"a": 0.6, "b": 0.3, "at the roof": 0.0, "c": 0.1}, 100.0, 5.0))
     assert dealt == pytest.approx({"a": 60.0, "b": 30.0, "c": 10.0})

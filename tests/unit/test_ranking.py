@@ -116,6 +116,28 @@ def test_attention_is_ordered_by_work_and_by_key_traffic() -> None:
     assert split[1] < split[0] / 4  # 8 of 132 multiprocessors read the keys, or nearly all of them
 
 
+def test_the_backward_pass_of_attention_is_ordered_by_its_two_launches() -> None:
+    shape, base = "b=4,h=16,sq=4096,d=128", {"block_m1": 32, "block_n2": 32, "num_warps": 8, "num_stages": 2}
+
+    def times(key: str, text: str, *changes: dict[str, Any]) -> list[float]:
+        found = prior(registry.impl(key), registry.problem(text), [base | c for c in changes], H200)
+        assert found is not None
+        return found
+
+    ours = "attention_bwd/cupy"
+    full, causal = (times(ours, f"attention_bwd[{shape}{flag},bf16]", {})[0] for flag in ("", ",causal"))
+    assert 1.6 < full / causal < 2.1
+    forward = seconds("attention/cupy", f"attention[{shape},bf16]", {})[0]
+    assert 2.5 < full / forward < 5.0  # seven products for two
+    few, many = times(ours, f"attention_bwd[{shape},bf16]", {"num_warps": 2}, {})
+    assert many < few  # 32 rows read what passes as often as 128 do
+    big, small = times("attention_bwd/triton", f"attention_bwd[{shape},bf16]",
+                       {"block_n1": 128, "block_m2": 128}, {"block_n1": 32, "block_m2": 32})  # fmt: skip
+    assert big < small
+    over = times(ours, f"attention_bwd[{shape},bf16]", {"num_stages": 8, "block_m1": 64})
+    assert over == [math.inf]
+
+
 def test_rows_are_ordered_by_bytes_vector_width_and_waste() -> None:
     problem = "softmax[m=32768,n=4096,bf16]"
     vectors = seconds("softmax/cupy", problem, *({"vec": v} for v in (8, 4, 2, 1)))
@@ -132,6 +154,17 @@ def test_rows_are_ordered_by_bytes_vector_width_and_waste() -> None:
     assert idle[0] < idle[1]
     floor = registry.op("softmax").bytes(registry.problem(problem)) / H200.copy_rate
     assert floor < vectors[0] < 1.2 * floor
+
+
+def test_clusters_pay_where_they_keep_a_row_and_cost_where_a_block_does() -> None:
+    block = {"threads_per_row": 1024, "num_threads": 1024}
+    one, eight = seconds("softmax/cupy", "softmax[m=2048,n=262144,bf16]", *(block | {"cluster": c} for c in (1, 8)))
+    assert eight < one  # 32 values a thread instead of 256, which are read twice
+    one, eight = seconds("softmax/cupy", "softmax[m=8192,n=16384,bf16]", *(block | {"cluster": c} for c in (1, 8)))
+    assert one < eight
+    wide = "softmax_bwd[m=2048,n=65536,bf16]"
+    kept, again = seconds("softmax_bwd/cupy", wide, *(block | {"cluster": c} for c in (4, 2)))
+    assert kept < again  # 16 and 32 places of two values each, of which 32 fit
 
 
 def test_no_model_means_no_ranking() -> None:

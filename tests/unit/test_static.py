@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rooftune import registry
 from rooftune import static as compiling
 from rooftune.bench import main
 from rooftune.core import ExitCode, UsageError
+from rooftune.evidence import ARCHITECTURES
 from rooftune.results import static, store
 from rooftune.results.static import Verdict
 
@@ -222,6 +224,20 @@ def test_units_do_not_depend_on_whether_a_disassembler_was_there() -> None:
     assert fallen[0].verdict == Verdict.WORSE
 
 
+def test_a_baseline_of_an_older_source_is_said_to_be_so_and_still_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    old = [plain(), plain(arch="sm_80"), plain(impl="gemm/y")]
+    new = [plain(source_hash="f" * 16), plain(arch="sm_80", source_hash="f" * 16), plain(impl="gemm/y"),
+           plain(config={"tile": 2}, default=False)]  # fmt: skip
+    found = static.compare(old, new)
+    assert static.gate(found) == ExitCode.OK
+    assert {c.older for c in found if c.row["impl"] == "gemm/x" and c.row["default"]} == {"0123456789abcdef"}
+    static.change_table(found, Console(width=200))
+    said = capsys.readouterr().out
+    assert "the baseline is of an older source of: gemm/x (2)" in said
+    worse = static.compare(old, [new[0] | {"spill_bytes": 8}, *new[1:]])
+    assert static.gate(worse) == ExitCode.REGRESSION
+
+
 def test_a_package_that_is_gone_is_not_a_regression() -> None:
     lost = plain(status="skipped", reason="t not installed", packages={})
     found = static.compare([plain()], [lost])
@@ -244,6 +260,23 @@ def test_a_damaged_baseline_is_refused(tmp_path: Path) -> None:
     store.atomic_write(path, store.seal({"kind": "result", "schema": 1}) + "\n")
     with pytest.raises(UsageError, match="not a static baseline"):
         static.load(path)
+
+
+def test_the_committed_baseline_is_read_and_a_doctored_copy_of_it_fails(tmp_path: Path) -> None:
+    committed = store.REFERENCE / "static.jsonl"
+    rows = static.load(committed)
+    assert {r["arch"] for r in rows} == set(ARCHITECTURES)
+    assert {r["impl"].partition("/")[0] for r in rows} == set(registry.op_names())
+    assert all(r["default"] for r in rows)
+    assert committed.stat().st_size < 2**19
+    assert static.gate(static.compare(rows, [*rows, plain(impl="gemm/added", default=False)])) == ExitCode.OK
+    good = next(n for n, r in enumerate(rows) if r["tensor_core_instructions"])
+    for change in ({"spill_bytes": -1}, {"occupancy": 2.0}, {"tensor_core_instructions": ["UTCHMMA"]}):
+        copy = tmp_path / "doctored.jsonl"
+        static.save(copy, [*rows[:good], rows[good] | change, *rows[good + 1 :]])
+        found = static.compare(static.load(copy), rows)
+        assert static.gate(found) == ExitCode.REGRESSION, change
+        assert [c.row["impl"] for c in found if c.verdict == Verdict.WORSE] == [rows[good]["impl"]]
 
 
 def test_a_real_kernel_against_its_own_baseline(

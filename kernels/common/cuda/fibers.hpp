@@ -114,6 +114,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;  // asynchronous copies under way, oldest first
   std::vector<Copy> issued;               // not yet committed
   std::vector<Range> unfenced;            // shared memory it wrote that the asynchronous hardware may not see yet
+  std::vector<std::function<void()>> remote;  // its stores to shared memory of the cluster, until a barrier of it
 };
 
 // A barrier that threads reach one by one: who waits at it, and how many came without waiting.
@@ -124,6 +125,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<unsigned> waiting;  // per warp: lanes that have arrived at a collective
   unsigned threads = 0, live = 0, at_barrier = 0, index = 0, grid = 0, rank = 0;
+  bool begun = false;
   std::map<unsigned, Meeting> named;  // barriers by number
   std::shared_ptr<Hardware> hardware;
   alignas(1024) char shared[SHARED_BYTES + FENCE_BYTES];
@@ -136,6 +138,7 @@ struct Pool {
   Context scheduler;
   std::function<void()> body;
   Meeting meeting;                            // of all the cluster's threads
+  std::vector<std::function<void()>> arrived;  // stores that take effect when that meeting is complete
   std::vector<std::function<void()>> flight;  // asynchronous operations: each takes effect when called
   long reading = 0;                           // tensor stores that may still read their shared memory
   Order order = Order::forward;
@@ -168,6 +171,23 @@ inline void meet(Meeting& m, unsigned expected, const char* name, bool stay) {
     m.waiting.push_back(&fiber());
     wait_for(name);
   }
+}
+
+// All threads of the cluster, and all stores between its blocks (barrier.cluster with release and acquire).
+inline void cluster_meet() {
+  Pool& p = pool();
+  const unsigned all = block().threads * static_cast<unsigned>(p.blocks.size());
+  for (auto& store : std::exchange(fiber().remote, {})) p.arrived.push_back(std::move(store));
+  if (p.meeting.arrived + 1 == all)
+    for (auto& store : std::exchange(p.arrived, {})) store();
+  meet(p.meeting, all, "barrier.cluster", true);
+}
+
+// Where in this block's shared memory.
+inline unsigned offset_of(const void* p) {
+  const char *at = static_cast<const char*>(p), *start = block().shared;
+  if (at < start || at >= start + SHARED_BYTES) fail("thread %u: an address outside shared memory", fiber().index);
+  return static_cast<unsigned>(at - start);
 }
 
 inline void release_barrier_if_complete() {
@@ -233,8 +253,11 @@ template <class Combine> void collective(const char* name, unsigned mask, void* 
 }
 
 inline void fiber_main() {
-  pool().body();
   Block& b = block();
+  b.begun = true;
+  pool().body();
+  if (!fiber().remote.empty())
+    fail("thread %u returns before a cluster barrier after its stores to other blocks", fiber().index);
   b.live--;
   fiber().state = State::done;
   release_barrier_if_complete();
@@ -261,6 +284,7 @@ inline void run_cluster() {
   for (auto& b : p.blocks) {
     b->live = b->threads;
     b->at_barrier = 0;
+    b->begun = false;
     b->waiting.assign(b->threads / WARP, 0);
     b->named.clear();
     b->hardware.reset();
@@ -269,11 +293,13 @@ inline void run_cluster() {
       f.groups.clear();
       f.issued.clear();
       f.unfenced.clear();
+      f.remote.clear();
       prepare(f.context, f.stack.get(), fiber_main);
       turn.push_back(&f);
     }
   }
   p.meeting = {};
+  p.arrived.clear();
   if (p.order == Order::reverse) std::reverse(turn.begin(), turn.end());
   const auto alive = [&] { return std::any_of(p.blocks.begin(), p.blocks.end(), [](auto& b) { return b->live > 0; }); };
   while (alive()) {

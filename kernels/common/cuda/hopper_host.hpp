@@ -47,12 +47,6 @@ inline Hardware& hardware(Block& b) {
 }
 inline bool late() { return pool().order == Order::forward || (pool().order == Order::random && pool().random() % 2); }
 
-inline unsigned offset_of(const void* p) {
-  const char *at = static_cast<const char*>(p), *start = block().shared;
-  if (at < start || at >= start + SHARED_BYTES) fail("thread %u: an address outside shared memory", fiber().index);
-  return static_cast<unsigned>(at - start);
-}
-
 // ---- barriers ----
 inline Phases& phases(Block& b, unsigned offset, const char* what) {
   auto found = hardware(b).barriers.find(offset);
@@ -109,9 +103,7 @@ inline void barrier_wait(Barrier* barrier, unsigned parity) {
 }
 
 inline unsigned cluster_rank() { return host::block().rank; }
-inline void cluster_sync() {
-  host::meet(host::pool().meeting, host::block().threads * host::pool().blocks.size(), "barrier.cluster", true);
-}
+inline void cluster_sync() { host::cluster_meet(); }
 inline void named_meet(int number, int threads, bool stay) {
   if (number < 1 || number > 15 || threads % host::WARP) host::fail("named barrier %d for %d threads", number, threads);
   host::meet(host::block().named[number], threads, "a named barrier", stay);
