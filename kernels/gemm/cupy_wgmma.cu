@@ -182,27 +182,32 @@ struct Store {
     if (leader) tma_store(out, buffer, x, y, 0), bulk_commit();
   }
 
-  __device__ __forceinline__ void tile(const Acc (&acc)[PARTS][SUMS], const TensorMap& out, const Out* bias,
+  __device__ __forceinline__ void tile(const Acc (&acc)[PARTS][SUMS], const TensorMap& out, const Out* more,
                                        float scale, int row, int col, int rows, int cols) {
     const Place at;
     const int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
       float row_bias[2] = {};
-      if (EPILOGUE != 0 && SWAP_AB)
+      if (EPILOGUE != 0 && EPILOGUE != RESIDUAL && SWAP_AB)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const int r = row + 64 * i + 16 * at.warp + at.g + 8 * half;
-          if (r < rows) row_bias[half] = to_float(bias[r]);
+          if (r < rows) row_bias[half] = to_float(more[r]);
         }
       // four 8x8 matrices: (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15)
       const auto pack16 = [&](unsigned(&r)[4], int q) {
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-          const int j = 2 * q + m / 2, s = col + 8 * j + 2 * at.t;
+          const int j = 2 * q + m / 2, r0 = row + 64 * i + 16 * at.warp + at.g + 8 * (m % 2), s = col + 8 * j + 2 * at.t;
           float add[2] = {row_bias[m % 2], row_bias[m % 2]};
-          if (EPILOGUE != 0 && !SWAP_AB && s < cols) {  // columns of c come in eights
-            const Vec<Out, 2> pair = load<Out, 2>(bias + s);
+          if (EPILOGUE == RESIDUAL && SWAP_AB) {
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+              if (r0 < rows && s + e < cols) add[e] = to_float(more[(long long)(s + e) * rows + r0]);
+          } else if (EPILOGUE != 0 && !SWAP_AB && s < cols && (EPILOGUE != RESIDUAL || r0 < rows)) {
+            // columns of c come in eights
+            const Vec<Out, 2> pair = load<Out, 2>(more + (EPILOGUE == RESIDUAL ? (long long)r0 * cols + s : s));
             add[0] = to_float(pair.v[0]), add[1] = to_float(pair.v[1]);
           }
           const Acc low = acc[i][4 * j + 2 * (m % 2)], high = acc[i][4 * j + 2 * (m % 2) + 1];
@@ -239,7 +244,8 @@ struct Store {
 };
 
 // left, right: the operands; out: c, unless `raw` ([SPLIT_K,] c) is written instead. scale_a, scale_b: [1], fp8
-// only; bias: [n], with an epilogue only. Grid: a multiple of the cluster, at most what runs at once.
+// only; more: bias [n] or residual [m, n], with an epilogue only. Grid: a multiple of the cluster, at most what runs
+// at once.
 extern "C" __global__ void
 #if CLUSTER_SIZE > 1
 __cluster_dims__(CLUSTER_SIZE, 1, 1)
@@ -247,7 +253,7 @@ __cluster_dims__(CLUSTER_SIZE, 1, 1)
 __launch_bounds__(THREADS, 1)
 gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
             const __grid_constant__ TensorMap out, Acc* __restrict__ raw, const float* __restrict__ scale_a,
-            const float* __restrict__ scale_b, const Out* __restrict__ bias, int rows, int cols, int k) {
+            const float* __restrict__ scale_b, const Out* __restrict__ more, int rows, int cols, int k) {
   SHARED_MEMORY(shared);
   const Schedule tiles(rows, cols, k);
   Pipe pipe;
@@ -295,7 +301,7 @@ gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Tens
       if constexpr (RAW) {
         store_raw(acc, raw + (long long)mine.split * rows * cols, mine.row + first_row, mine.col, rows, cols);
       } else {
-        store.tile(acc, out, bias, scale, mine.row + first_row, mine.col, rows, cols);
+        store.tile(acc, out, more, scale, mine.row + first_row, mine.col, rows, cols);
       }
     }
     if (!RAW && store.leader) bulk_wait_read<0>();

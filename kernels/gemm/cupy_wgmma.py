@@ -16,11 +16,11 @@ from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.common import cupy as cuda
 from rooftune.kernels.common.cupy_tensormap import ALIGNMENT, Layout, bind, layout
+from rooftune.kernels.gemm import EPILOGUES
 
 DEVICES = ("cuda",)
 PRECISIONS = ("fp16", "bf16", "fp8", "int8")
 
-EPILOGUES = ("none", "bias", "bias_relu", "bias_gelu")
 LINE = 128  # bytes of a swizzled line in shared memory
 ARCH = "sm_90a"
 REDUCE_THREADS = 256
@@ -251,7 +251,7 @@ def _layouts(problem: Problem, config: Config) -> tuple[Layout, Layout, Layout |
 def _runner(
     problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch], blocks: int, device: str
 ) -> Run:
-    """run(c: [m, n], a, b as stored[, scale_a: [1], scale_b: [1]][, bias: [n]]), on at most `blocks` blocks."""
+    """run(c: [m, n], a, b as stored[, scale_a: [1], scale_b: [1]][, what the epilogue adds]), on at most `blocks`."""
     import torch
 
     left, right, out_layout = _layouts(problem, config)
@@ -273,16 +273,16 @@ def _runner(
     def run(out: Any, a: Any, b: Any, *rest: Any) -> None:
         scales = rest[:2] if scaled else (None, None)
         added = rest[2:] if scaled else rest
-        bias = added[0] if added else None
+        more = added[0] if added else None
         a, b = a_along_k(a), b_along_k(b)
         operands = (b, a) if config["swap_ab"] else (a, b)
         maps = bind(operands[0], left), bind(operands[1], right)
         # without a tensor store the third map is not used: any will do
         stored = bind(out, out_layout) if out_layout else maps[0]
         raw = partial if split > 1 else None if out_layout else out
-        launch(grid, *maps, stored, raw, *scales, bias, *extents, k)
+        launch(grid, *maps, stored, raw, *scales, more, *extents, k)
         if reduce:
-            reduce(reduce_grid, out, partial, *scales, bias, m, n)
+            reduce(reduce_grid, out, partial, *scales, more, m, n)
 
     return run
 

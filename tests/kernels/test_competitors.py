@@ -20,7 +20,7 @@ GPU = [i for i in IMPLS if "cpu" not in i.devices and not i.per_shape]  # torch.
 # flags that change a kernel's code path; each precision gets the first, the first precision gets them all
 VARIANTS = {
     "gemm": ({}, {"transpose": "nt", "epilogue": "bias_gelu"}, {"transpose": "tn", "epilogue": "bias"},
-             {"transpose": "tt", "epilogue": "bias_relu"}),
+             {"transpose": "tt", "epilogue": "bias_relu"}, {"epilogue": "residual"}),
     "attention": ({"causal": "1"}, {}),
     "layernorm": ({}, {"rms": "1"}),
     "softmax": ({},),
@@ -122,6 +122,18 @@ OTHER_PATHS = {  # configs whose code the default of a small problem does not re
         "gemm[m=72,n=136,k=64,transpose=nt,epilogue=bias_gelu,bf16]",
         {"block_m": 32, "block_n": 64, "block_k": 32, "num_warps": 4, "schedule": "persistent", "subtiles": 2},
     ),
+    "a residual beside tensor cores": ("gemm/cupy", "gemm[m=72,n=136,k=64,epilogue=residual,bf16]", {"block_m": 64}),
+    "a residual after a split k": (
+        "gemm/cupy_wgmma",
+        "gemm[m=40,n=200,k=328,transpose=nt,epilogue=residual,bf16]",
+        {"split_k": 2, "block_k": 64},
+    ),
+    "a residual of a product that is not transposed": (
+        "gemm/cupy_wgmma",
+        "gemm[m=200,n=136,k=72,transpose=nt,epilogue=residual,fp16]",
+        {"block_n": 64, "num_stages": 3},
+    ),
+    "a residual in Numba's tensor cores": ("gemm/numba_cuda", "gemm[m=72,n=90,k=40,epilogue=residual,fp16]", {}),
     "several rows a program": ("layernorm_bwd/triton", "layernorm_bwd[m=70,n=40,bf16]", {"block_m": 1, "programs": 32}),
     "several rows a block": (
         "layernorm_bwd/cupy",
