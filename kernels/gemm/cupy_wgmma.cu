@@ -9,10 +9,11 @@
 //
 // Macros: PRECISION, LEFT_MN, RIGHT_MN (1: stored along rows, cols instead of k), SWAP_AB, EPILOGUE, TILE_ROWS,
 // TILE_COLS (of a block's tile), BLOCK_K, STAGES, CLUSTER_ROWS, CLUSTER_COLS, CLUSTER_SIZE, PINGPONG, GROUP_M, SPLIT_K
-// (above 1: partial sums go to `raw`, cupy_wgmma.reduce.cu adds them), PROMOTE (1: fp8 sums leave the tensor
-// cores, which keep about 14 bits, after each tile of k).
+// (above 1: partial sums go to `raw`, cupy_wgmma.reduce.cu adds them), STREAM_K (1: the work left after whole rounds
+// of tiles is dealt out evenly, see schedule.cuh), PROMOTE (1: fp8 sums leave the tensor cores, which keep about 14
+// bits, after each tile of k).
 #include "epilogue.cuh"
-#include "hopper.cuh"
+#include "schedule.cuh"
 
 using namespace rt;
 using F = Format<PRECISION>;
@@ -36,32 +37,7 @@ constexpr int STORE_COLS = SWAP_AB ? 64 : TILE_COLS % 64 == 0 ? 64 : TILE_COLS %
 constexpr int BUFFER_BYTES = RAW ? 0 : SWAP_AB ? TILE_COLS * 128 : 64 * STORE_COLS * 2;
 constexpr int BUFFERS = STAGES * STAGE_BYTES, BARRIERS = BUFFERS + 2 * GROUPS * BUFFER_BYTES;
 
-// A block's tiles, one after another. Clusters that run together take GROUP_M rows of tiles, column by column.
-struct Schedule {
-  int tiles_rows, tiles_cols, tiles_k, total, next, step, rank;
-  int row, col, split, k_begin, k_end;  // of the current tile; k in tiles
-
-  __device__ __forceinline__ Schedule(int rows, int cols, int k) {
-    tiles_rows = (rows + TILE_ROWS * CLUSTER_ROWS - 1) / (TILE_ROWS * CLUSTER_ROWS);
-    tiles_cols = (cols + TILE_COLS * CLUSTER_COLS - 1) / (TILE_COLS * CLUSTER_COLS);
-    tiles_k = (k + BLOCK_K - 1) / BLOCK_K;
-    total = tiles_rows * tiles_cols * SPLIT_K;
-    next = blockIdx.x / CLUSTER_SIZE, step = gridDim.x / CLUSTER_SIZE;
-    rank = CLUSTER_SIZE > 1 ? cluster_rank() : 0;
-  }
-  __device__ __forceinline__ bool advance() {
-    if (next >= total) return false;
-    const int area = tiles_rows * tiles_cols, tile = next % area;
-    const int group = tile / (GROUP_M * tiles_cols), in_group = tile % (GROUP_M * tiles_cols);
-    const int height = min(tiles_rows - group * GROUP_M, GROUP_M);
-    row = ((group * GROUP_M + in_group % height) * CLUSTER_ROWS + rank % CLUSTER_ROWS) * TILE_ROWS;
-    col = (in_group / height * CLUSTER_COLS + rank / CLUSTER_ROWS) * TILE_COLS;
-    split = next / area;
-    k_begin = (int)((long long)tiles_k * split / SPLIT_K), k_end = (int)((long long)tiles_k * (split + 1) / SPLIT_K);
-    next += step;
-    return true;
-  }
-};
+using Schedule = Tiles<TILE_ROWS, TILE_COLS, BLOCK_K, CLUSTER_ROWS, CLUSTER_COLS, GROUP_M, SPLIT_K, STREAM_K != 0>;
 
 struct Pipe {
   char* ring;
@@ -244,16 +220,17 @@ struct Store {
 };
 
 // left, right: the operands; out: c, unless `raw` ([SPLIT_K,] c) is written instead. scale_a, scale_b: [1], fp8
-// only; more: bias [n] or residual [m, n], with an epilogue only. Grid: a multiple of the cluster, at most what runs
-// at once.
+// only; more: bias [n] or residual [m, n], with an epilogue only; parts: [grid, TILE_ROWS, TILE_COLS], flags: [grid,
+// PER_TILE], down, with STREAM_K only. Grid: a multiple of the cluster, at most what runs at once.
 extern "C" __global__ void
 #if CLUSTER_SIZE > 1
 __cluster_dims__(CLUSTER_SIZE, 1, 1)
 #endif
 __launch_bounds__(THREADS, 1)
 gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
-            const __grid_constant__ TensorMap out, Acc* __restrict__ raw, const float* __restrict__ scale_a,
-            const float* __restrict__ scale_b, const Out* __restrict__ more, int rows, int cols, int k) {
+            const __grid_constant__ TensorMap out, Acc* __restrict__ raw, Acc* parts, unsigned* flags,
+            const float* __restrict__ scale_a, const float* __restrict__ scale_b, const Out* __restrict__ more,
+            int rows, int cols, int k) {
   SHARED_MEMORY(shared);
   const Schedule tiles(rows, cols, k);
   Pipe pipe;
@@ -298,6 +275,15 @@ gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Tens
       if (PINGPONG) barrier_wait(pipe.turn + group, (count / 2 & 1) ^ (group == 0));
       accumulate(acc, pipe, at, mine.k_end - mine.k_begin, first_row);
       if (PINGPONG && threadIdx.x % 32 == 0) barrier_arrive(pipe.turn + (group ^ 1));
+      if constexpr (STREAM_K) {
+        const auto part = [&](int slot) { return parts + ((long long)slot * TILE_ROWS + first_row) * TILE_COLS; };
+        const auto flag = [&](int slot) { return flags + slot * PER_TILE + (PINGPONG ? 0 : group); };
+        if (mine.k_begin > 0) {  // the tile is another's, who began it
+          leave_part(acc, part(mine.own_slot()), flag(mine.own_slot()), 1 + group);
+          continue;
+        }
+        mine.later_parts([&](int slot) { add_part(acc, part(slot), flag(slot), 1 + group); });
+      }
       if constexpr (RAW) {
         store_raw(acc, raw + (long long)mine.split * rows * cols, mine.row + first_row, mine.col, rows, cols);
       } else {

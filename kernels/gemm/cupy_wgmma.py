@@ -2,7 +2,8 @@
 
 Emulated down to swizzled shared memory, barrier phases, clusters and late or early completion; it has not
 run on hardware. `swap_ab` multiplies the transposed product, for few rows; `split_k` adds a second kernel;
-int8 operands that are not stored along k are transposed first, by a kernel of their own.
+`stream_k` deals out what is left after whole rounds of tiles in parts of k (cuda/schedule.cuh); int8 operands that
+are not stored along k are transposed first, by a kernel of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ PRECISIONS = ("fp16", "bf16", "fp8", "int8")
 LINE = 128  # bytes of a swizzled line in shared memory
 ARCH = "sm_90a"
 REDUCE_THREADS = 256
+STREAM_STEPS = 4  # of k, at least, for each block that streams: fewer cost less than a tile's sums through L2
 
 
 def _tile(config: Config) -> tuple[int, int]:
@@ -107,6 +109,10 @@ def _splits(config: Config, problem: Problem) -> bool:
     return split == 1 or (split <= tiles and split * problem["m"] * problem["n"] * 4 <= 2**28)
 
 
+def _streams(config: Config, problem: Problem) -> bool:
+    return not config["stream_k"] or config["split_k"] == 1
+
+
 def _shares(config: Config, problem: Problem) -> bool:
     """A cluster along m or n has tiles for all of its blocks."""
     return all(config[f"cluster_{x}"] == 1 or problem[x] > config[f"block_{x}"] for x in "mn")
@@ -134,6 +140,7 @@ def _default(problem: Problem) -> Config:
         "schedule": "cooperative",
         "group_m": 8,
         "split_k": 1,
+        "stream_k": 0,
         "swap_ab": int(small),
         "promote": promote,
     }
@@ -157,10 +164,11 @@ SPACE = Space(
         "schedule": ("cooperative", "pingpong"),
         "group_m": (1, 8, 16),
         "split_k": (1, 2, 4, 8),
+        "stream_k": (0, 1),
         "swap_ab": (0, 1),
         "promote": (0, 1),
     },
-    where=(_promotes, _shares, _rows, _lines, _registers, _fits, _splits),
+    where=(_promotes, _streams, _shares, _rows, _lines, _registers, _fits, _splits),
     default=_default,
 )
 
@@ -180,7 +188,7 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
         "CLUSTER_SIZE": cluster_rows * cluster_cols,
         "PINGPONG": int(config["schedule"] == "pingpong"),
         **cuda.axes(config, BLOCK_K="block_k", STAGES="num_stages", GROUP_M="group_m", SPLIT_K="split_k"),
-        **cuda.axes(config, SWAP_AB="swap_ab", PROMOTE="promote"),
+        **cuda.axes(config, STREAM_K="stream_k", SWAP_AB="swap_ab", PROMOTE="promote"),
     }
     threads = 128 * (1 + _groups(config)[0])
     source = Path(__file__).with_suffix(".cu")
@@ -261,12 +269,17 @@ def _runner(
     extents = (n, m) if config["swap_ab"] else (m, n)
     cluster, split = cluster_rows * cluster_cols, config["split_k"]
     tiles = -(-extents[0] // (rows * cluster_rows)) * -(-extents[1] // (cols * cluster_cols)) * split
+    if config["stream_k"]:
+        tiles = max(tiles, tiles * -(-k // config["block_k"]) // STREAM_STEPS)
     grid = min(tiles, max(blocks // cluster, 1)) * cluster
-    scaled, integers = problem.precision == "fp8", problem.precision == "int8"
-    partial, reduce = None, None
+    scaled, sums = problem.precision == "fp8", torch.int32 if problem.precision == "int8" else torch.float32
+    partial, reduce, parts, flags = None, None, None, None
     if split > 1:
-        partial = torch.empty((split, m, n), dtype=torch.int32 if integers else torch.float32, device=device)
+        partial = torch.empty((split, m, n), dtype=sums, device=device)
         reduce = compiled(_reduce(problem, config))
+    if config["stream_k"]:
+        parts = torch.empty((grid, rows, cols), dtype=sums, device=device)
+        flags = torch.zeros((grid, rows // 64), dtype=torch.int32, device=device)
     a_along_k, b_along_k = (_transposed(problem, compiled, device, which) for which in (0, 1))
     reduce_grid = -(-m * n // (REDUCE_THREADS * cuda.chunk(n, 4)))
 
@@ -280,7 +293,7 @@ def _runner(
         # without a tensor store the third map is not used: any will do
         stored = bind(out, out_layout) if out_layout else maps[0]
         raw = partial if split > 1 else None if out_layout else out
-        launch(grid, *maps, stored, raw, *scales, more, *extents, k)
+        launch(grid, *maps, stored, raw, parts, flags, *scales, more, *extents, k)
         if reduce:
             reduce(reduce_grid, out, partial, *scales, more, m, n)
 

@@ -6,7 +6,7 @@
 // threads wait, products read their operands at their wait; reverse: soon, at issue; random: either), so a
 // missing wait and a buffer given back too early show.
 // Not modelled: registers between warpgroups, that the four warps of a warpgroup issue the same product, memory
-// order between blocks of a cluster, products from shared memory that ordinary instructions wrote, and the tensor
+// order between blocks (of a cluster or, by flags, of a grid), products from shared memory that ordinary instructions wrote, and the tensor
 // cores' rounding inside a sum (in fp8 they keep fewer bits than fp32).
 #pragma once
 
@@ -205,6 +205,17 @@ template <int PENDING> void bulk_wait_read() {
   }
 }
 inline void fence_async() { host::fiber().unfenced.clear(); }
+
+// ---- between blocks of a grid: they run one after another here, so only an earlier one can have raised a flag ----
+inline void raise_flag(unsigned* flag) {
+  if (*flag) host::fail("block %u raises a flag that is up", host::block().index);
+  *flag = 1;
+}
+inline void await_flag(unsigned* flag) {
+  if (!*flag) host::fail("block %u awaits a flag that no block before it has raised", host::block().index);
+  *flag = 0;
+}
+template <class T, int N> Vec<T, N> load_written(const T* p) { return load<T, N>(p); }
 
 // ---- stmatrix ----
 namespace host {
