@@ -120,9 +120,10 @@ struct Place {
   int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 };
 
-// Values to `raw`, which has the storage order of c: a quad of lanes writes 32 bytes, or eight lanes do.
-__device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* raw, int row, int col, int rows,
-                                          int cols) {
+// Values to `raw`, which has the storage order of c: a quad of lanes writes 32 bytes, or eight lanes do. Those of c
+// itself are finished here.
+__device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* raw, const Out* more, int row, int col,
+                                          int rows, int cols) {
   const Place at;
 #pragma unroll
   for (int i = 0; i < PARTS; i++)
@@ -131,13 +132,21 @@ __device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* ra
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int r = row + 64 * i + 16 * at.warp + at.g + 8 * half, s = col + 8 * j + 2 * at.t;
-        const Acc low = acc[i][4 * j + 2 * half], high = acc[i][4 * j + 2 * half + 1];
         if (r >= rows || s >= cols) continue;
+        const long long at = SWAP_AB ? (long long)s * rows + r : (long long)r * cols + s, next = SWAP_AB ? rows : 1;
+        const bool both = s + 1 < cols;
+        Vec<Acc, 2> pair{acc[i][4 * j + 2 * half], acc[i][4 * j + 2 * half + 1]};
+        if constexpr (EPILOGUE != 0 && SPLIT_K == 1 && PRECISION == TF32) {
+          const long long from = EPILOGUE == RESIDUAL ? at : SWAP_AB ? r : s;
+          const long long step = EPILOGUE == RESIDUAL ? next : SWAP_AB ? 0 : 1;
+          pair.v[0] = finish<EPILOGUE>(pair.v[0], to_float(more[from]));
+          pair.v[1] = finish<EPILOGUE>(pair.v[1], both ? to_float(more[from + step]) : 0.0f);
+        }
         if (!SWAP_AB && cols % 2 == 0) {
-          store<Acc, 2>(raw + (long long)r * cols + s, Vec<Acc, 2>{low, high});
+          store<Acc, 2>(raw + at, pair);
         } else {
-          raw[SWAP_AB ? (long long)s * rows + r : (long long)r * cols + s] = low;
-          if (s + 1 < cols) raw[SWAP_AB ? (long long)(s + 1) * rows + r : (long long)r * cols + s + 1] = high;
+          raw[at] = pair.v[0];
+          if (both) raw[at + next] = pair.v[1];
         }
       }
 }
@@ -285,7 +294,7 @@ gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Tens
         mine.later_parts([&](int slot) { add_part(acc, part(slot), flag(slot), 1 + group); });
       }
       if constexpr (RAW) {
-        store_raw(acc, raw + (long long)mine.split * rows * cols, mine.row + first_row, mine.col, rows, cols);
+        store_raw(acc, raw + (long long)mine.split * rows * cols, more, mine.row + first_row, mine.col, rows, cols);
       } else {
         store.tile(acc, out, more, scale, mine.row + first_row, mine.col, rows, cols);
       }

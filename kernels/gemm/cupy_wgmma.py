@@ -2,8 +2,9 @@
 
 Emulated down to swizzled shared memory, barrier phases, clusters and late or early completion; it has not
 run on hardware. `swap_ab` multiplies the transposed product, for few rows; `split_k` adds a second kernel;
-`stream_k` deals out what is left after whole rounds of tiles in parts of k (cuda/schedule.cuh); int8 operands that
-are not stored along k are transposed first, by a kernel of their own.
+`stream_k` deals out what is left after whole rounds of tiles in parts of k (cuda/schedule.cuh). wgmma reads int8 and
+tf32 along k only: an operand stored otherwise is transposed first, by a kernel of its own. tf32 is rounded to the
+nearest by the tensor copies.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.common import cupy as cuda
 from rooftune.kernels.common.cupy_tensormap import ALIGNMENT, Layout, bind, layout
+from rooftune.kernels.common.resources import worst
 from rooftune.kernels.gemm import EPILOGUES
 
 DEVICES = ("cuda",)
-PRECISIONS = ("fp16", "bf16", "fp8", "int8")
+PRECISIONS = ("fp16", "bf16", "tf32", "fp8", "int8")
 
 LINE = 128  # bytes of a swizzled line in shared memory
 ARCH = "sm_90a"
+TRANSPOSED = ("int8", "tf32")  # where operands are not stored along k; fp8 exists along k only
 REDUCE_THREADS = 256
 STREAM_STEPS = 4  # of k, at least, for each block that streams: fewer cost less than a tile's sums through L2
 
@@ -52,7 +55,7 @@ def _cluster(config: Config) -> tuple[int, int]:
 def _along_k(config: Config, problem: Problem) -> tuple[bool, bool]:
     """Whether the left and the right operand are stored along k when the main kernel gets them."""
     ta, tb = problem.flag("transpose", "nn")
-    transposed = problem.precision == "int8"
+    transposed = problem.precision in TRANSPOSED
     a, b = ta == "n" or transposed, tb == "t" or transposed
     return (b, a) if config["swap_ab"] else (a, b)
 
@@ -157,7 +160,7 @@ SPACE = Space(
     axes={
         "block_m": (16, 32, 64, 128, 256),
         "block_n": (64, 128, 192, 256),
-        "block_k": (64, 128, 256),
+        "block_k": (32, 64, 128, 256),
         "num_stages": (3, 4, 5, 6),
         "cluster_m": (1, 2),
         "cluster_n": (1, 2),
@@ -206,23 +209,34 @@ def _reduce(problem: Problem, config: Config) -> cuda.Kernel:
     return cuda.Kernel(Path(__file__).with_suffix(".reduce.cu"), "reduce_kernel", tuple(macros.items()), REDUCE_THREADS)
 
 
-def _transposed(problem: Problem, compiled: Callable[[cuda.Kernel], cuda.Launch], device: str, which: int) -> Run:
-    """along_k(operand): operand 0 (a) or 1 (b) of an int8 product as stored along k, by a kernel if it is not.
+def _transpose(problem: Problem, which: int) -> cuda.Kernel | None:
+    """The kernel that stores operand 0 (a) or 1 (b) along k, where wgmma cannot read it as it is.
 
     Raises:
         UsageError: lines of it are no multiples of 16 bytes.
     """
+    if problem.precision not in TRANSPOSED or problem.flag("transpose", "nn")[which] == "nt"[which]:
+        return None
+    size, lines, length = cuda.bytes_in(problem), problem["k"], problem["mn"[which]]
+    if length * size % 4 or lines * size % ALIGNMENT:
+        what = f"{problem.precision} whose k is a multiple of {ALIGNMENT // size}, and the other size of {4 // size}"
+        raise UsageError(f"gemm/cupy_wgmma transposes {what}; this is {lines} x {length}")
+    shared = 64 * (68 if size == 1 else 65 * size)
+    return cuda.Kernel(
+        Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (("SIZE", size),), 256, shared
+    )
+
+
+def _transposed(problem: Problem, compiled: Callable[[cuda.Kernel], cuda.Launch], device: str, which: int) -> Run:
+    """along_k(operand): operand 0 (a) or 1 (b) as stored along k, by a kernel if it must be."""
     import torch
 
-    if problem.precision != "int8" or problem.flag("transpose", "nn")[which] == "nt"[which]:
+    kernel = _transpose(problem, which)
+    if kernel is None:
         return lambda operand: operand
-    lines, length = problem["k"], problem["mn"[which]]
-    if length % 4 or lines % ALIGNMENT:
-        raise UsageError(
-            f"gemm/cupy_wgmma transposes int8 of sizes in multiples of {ALIGNMENT}, not {lines} x {length}"
-        )
-    launch = compiled(cuda.Kernel(Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (), 256, 64 * 68))
-    result = torch.empty((length, lines), dtype=torch.int8, device=device)
+    launch, lines, length = compiled(kernel), problem["k"], problem["mn"[which]]
+    dtype = getattr(torch, FORMATS[problem.precision].storage)
+    result = torch.empty((length, lines), dtype=dtype, device=device)
     grid = -(-lines // 64) * -(-length // 64)
 
     def along_k(operand: Any) -> Any:
@@ -240,15 +254,16 @@ def _layouts(problem: Problem, config: Config) -> tuple[Layout, Layout, Layout |
     """
     m, n, k = (problem[x] for x in "mnk")
     size, f = cuda.bytes_in(problem), FORMATS[problem.precision]
+    stored = "tfloat32" if problem.precision == "tf32" else f.storage
     extents = (n, m) if config["swap_ab"] else (m, n)
     made = []
     for extent, block, along_k, sharers in zip(
         extents, _tile(config), _along_k(config, problem), reversed(_cluster(config)), strict=True
     ):
         if along_k:
-            made.append(layout(f.storage, size, extent, k, (LINE // size, block // sharers)))
+            made.append(layout(stored, size, extent, k, (LINE // size, block // sharers)))
         else:
-            made.append(layout(f.storage, size, k, extent, (LINE // size, config["block_k"] // sharers)))
+            made.append(layout(stored, size, k, extent, (LINE // size, config["block_k"] // sharers)))
     if _raw(config, problem):
         return made[0], made[1], None
     cols = _tile(config)[1]
@@ -315,7 +330,13 @@ def emulate(problem: Problem, config: Config) -> Run:
 
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
-    """What the machine code takes. It must be made of wgmma and TMA, and ptxas must not serialize the products."""
+    """What the machine code takes, of all kernels that are launched the most that one of them does.
+
+    The product must be made of wgmma and TMA, and ptxas must not serialize the products.
+    """
     cuda.require_arch(arch, ARCH, "gemm/cupy_wgmma")
     _layouts(problem, config)
-    return cuda.hopper_resources(_kernel(problem, config), arch)
+    others = [_transpose(problem, which) for which in (0, 1)]
+    others += [_reduce(problem, config)] if config["split_k"] > 1 else []
+    found = [cuda.resources(kernel, arch) for kernel in others if kernel]
+    return worst([cuda.hopper_resources(_kernel(problem, config), arch), *found])

@@ -189,11 +189,11 @@ def test_gemm_in_turns_and_clusters_of_four_is_exact_in_random_order() -> None:
     ("problem", "blocks", "axes"),
     [  # 64 of k a step, 128 in int8
         # ten tiles on three blocks: six whole, four in 16 steps
-        ("m=200,n=296,k=200,transpose=nt,bf16", 3, {"block_m": 128, "block_n": 64}),
+        ("m=200,n=296,k=200,transpose=nt,fp16", 3, {"block_m": 128, "block_n": 64}),
         # one tile in twelve steps: the block in the middle neither begins nor ends it
-        ("m=40,n=72,k=760,transpose=nn,epilogue=bias,bf16", 3, {"block_m": 64, "block_n": 128, "swap_ab": 1}),
+        ("m=40,n=72,k=760,transpose=nn,epilogue=bias,fp16", 3, {"block_m": 64, "block_n": 128, "swap_ab": 1}),
         # three pairs of tiles on two clusters, in turn
-        ("m=248,n=184,k=200,transpose=tn,epilogue=residual,bf16", 5,
+        ("m=248,n=184,k=200,transpose=tn,epilogue=residual,fp16", 5,
          {"block_m": 128, "block_n": 64, "cluster_m": 2, "schedule": "pingpong"}),
         ("m=72,n=150,k=400,transpose=nt,int8", 2, {"block_m": 64, "block_n": 64, "cluster_m": 1, "swap_ab": 0}),
     ],

@@ -15,7 +15,7 @@ namespace rt {
 // What cupy_tensormap.py packs for the emulation in place of the driver's 128 bytes.
 struct TensorMap {
   uint64_t magic, address, sizes[3], strides[2];  // elements, inner first; bytes between lines, between batches
-  uint32_t box[3], element_bytes, swizzle_bytes, unused[13];
+  uint32_t box[3], element_bytes, swizzle_bytes, to_tf32, unused[12];
 };
 static_assert(sizeof(TensorMap) == 128, "as the driver's");
 
@@ -141,6 +141,16 @@ template <class Use> void each_byte(const TensorMap& map, const int (&at)[3], un
         use(swizzled(target + (z * map.box[1] + y) * line + byte, map.swizzle_bytes), inside ? memory : nullptr);
       }
 }
+// A byte on its way to shared memory: of an element that the copy rounds to tf32, ties to even, or as it is.
+inline char loaded(const TensorMap& map, const char* memory) {
+  if (!memory) return 0;
+  if (!map.to_tf32) return *memory;
+  const uintptr_t place = reinterpret_cast<uintptr_t>(memory);
+  uint32_t u;
+  std::memcpy(&u, reinterpret_cast<const char*>(place & ~uintptr_t(3)), 4);
+  if ((u & 0x7F800000) != 0x7F800000) u = (u + 0xFFF + (u >> 13 & 1)) & 0xFFFFE000;
+  return static_cast<char>(u >> 8 * (place & 3));
+}
 inline unsigned box_bytes(const TensorMap& map) { return map.box[0] * map.box[1] * map.box[2] * map.element_bytes; }
 
 inline unsigned check_box(const TensorMap& map, const char* shared, const char* what) {
@@ -162,7 +172,7 @@ inline void load_box(char* to, const TensorMap& map, Barrier* full, int x, int y
     for (auto& b : pool().blocks) {
       if (!(mask >> b->rank & 1)) continue;
       if (!b->live) fail("a tensor load lands in block %u, which has returned", b->index);
-      each_byte(copy, {x, y, z}, target, [&](unsigned at, char* memory) { b->shared[at] = memory ? *memory : 0; });
+      each_byte(copy, {x, y, z}, target, [&](unsigned at, char* memory) { b->shared[at] = loaded(copy, memory); });
       Phases& p = phases(*b, barrier, "a tensor load");
       p.bytes -= box_bytes(copy);
       settle(p);
