@@ -14,6 +14,7 @@ from typing import Any
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.common import cupy as cuda
+from rooftune.kernels.common.resources import worst
 
 DEVICES = ("cuda",)
 PRECISIONS = ("fp16", "bf16")
@@ -144,5 +145,6 @@ def emulate(problem: Problem, config: Config) -> Run:
 
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
-    """What the machine code takes."""
-    return cuda.resources(_kernel(problem, config), arch)
+    """What the machine code takes: of the two kernels, the most that one of them does."""
+    kernels = [_kernel(problem, config)] + ([_combine(problem, config)] if config["num_splits"] > 1 else [])
+    return worst([cuda.resources(kernel, arch) for kernel in kernels])

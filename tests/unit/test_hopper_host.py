@@ -264,6 +264,44 @@ def test_the_driver_gets_the_arguments_it_documents(folder: Path, monkeypatch: p
         cupy_tensormap.encoded(cupy_tensormap.bind(x, cupy_tensormap.layout(x.dtype, 2, 100, 64, (32, 255), 6)))
 
 
+SEVERAL = """
+#include "rooftune.cuh"
+extern "C" __global__ void light(float* x) { x[threadIdx.x] += 1.0f; }
+extern "C" __global__ void heavy(float* x) {
+  float y[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) y[i] = x[64 * threadIdx.x + i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; i++) x[64 * threadIdx.x + i] = y[63 - i];
+}
+extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
+  __shared__ float shared[1024];
+  float y[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) y[i] = x[64 * threadIdx.x + i];
+  shared[threadIdx.x] = y[0];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; i++) x[64 * threadIdx.x + i] = y[63 - i] + shared[i];
+}
+"""
+
+
+def test_resources_are_those_of_the_kernel_that_is_launched(folder: Path) -> None:
+    pytest.importorskip("cupy")
+    source = folder / "several.cu"
+    source.write_text(SEVERAL)
+    light, heavy, spilling = (
+        cupy.resources(Kernel(source, name, (), 1024), "sm_90a") for name in ("light", "heavy", "spilling")
+    )
+    assert light.registers < 32 < 64 <= heavy.registers  # type: ignore[operator]
+    assert spilling.registers == 32  # two blocks of 1,024 threads
+    assert (light.spill_bytes, heavy.spill_bytes) == (0, 0)
+    assert spilling.spill_bytes > 0  # type: ignore[operator]
+    assert (light.shared_bytes, heavy.shared_bytes, spilling.shared_bytes) == (0, 0, 4096)
+
+
 SERIAL = """
 #include "hopper.cuh"
 using namespace rt;
