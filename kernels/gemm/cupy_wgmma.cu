@@ -151,6 +151,18 @@ __device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* ra
       }
 }
 
+// Of two neighbours in row r: those in memory, or with SWAP_AB one below the other, of which there are few.
+__device__ __forceinline__ void read_residual(float (&x)[2], const Out* residual, int r, int s, int rows, int cols) {
+  if (r >= rows || s >= cols) return;
+  if (SWAP_AB) {
+    x[0] = to_float(residual[(long long)s * rows + r]);
+    if (s + 1 < cols) x[1] = to_float(residual[(long long)(s + 1) * rows + r]);
+  } else {  // columns of c come in eights
+    const Vec<Out, 2> pair = load<Out, 2>(residual + (long long)r * cols + s);
+    x[0] = to_float(pair.v[0]), x[1] = to_float(pair.v[1]);
+  }
+}
+
 // Finished 16-bit values through the warpgroup's two buffers. A box is stored while the next one is written.
 struct Store {
   char* buffers;
@@ -184,15 +196,12 @@ struct Store {
       const auto pack16 = [&](unsigned(&r)[4], int q) {
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-          const int j = 2 * q + m / 2, r0 = row + 64 * i + 16 * at.warp + at.g + 8 * (m % 2), s = col + 8 * j + 2 * at.t;
+          const int j = 2 * q + m / 2, s = col + 8 * j + 2 * at.t;
           float add[2] = {row_bias[m % 2], row_bias[m % 2]};
-          if (EPILOGUE == RESIDUAL && SWAP_AB) {
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-              if (r0 < rows && s + e < cols) add[e] = to_float(more[(long long)(s + e) * rows + r0]);
-          } else if (EPILOGUE != 0 && !SWAP_AB && s < cols && (EPILOGUE != RESIDUAL || r0 < rows)) {
-            // columns of c come in eights
-            const Vec<Out, 2> pair = load<Out, 2>(more + (EPILOGUE == RESIDUAL ? (long long)r0 * cols + s : s));
+          if constexpr (EPILOGUE == RESIDUAL) {
+            read_residual(add, more, row + 64 * i + 16 * at.warp + at.g + 8 * (m % 2), s, rows, cols);
+          } else if (EPILOGUE != 0 && !SWAP_AB && s < cols) {  // columns of c come in eights
+            const Vec<Out, 2> pair = load<Out, 2>(more + s);
             add[0] = to_float(pair.v[0]), add[1] = to_float(pair.v[1]);
           }
           const Acc low = acc[i][4 * j + 2 * (m % 2)], high = acc[i][4 * j + 2 * (m % 2) + 1];

@@ -62,7 +62,7 @@ def test_split_k_pays_only_where_tiles_are_few() -> None:
 
 
 def test_stream_k_pays_where_the_last_round_is_nearly_empty_or_tiles_are_few() -> None:
-    """On the 132 multiprocessors of an H200: 143 tiles are a round and a bit, 132 are one, 8 leave most without work."""
+    """On 132 multiprocessors: 143 tiles are a round and a bit, 132 are one, 8 leave most of them without work."""
     problems = ("m=1664,n=1408,k=8192", "m=1536,n=1408,k=8192", "m=128,n=1024,k=8192")
     ragged, whole, few = (
         seconds("gemm/cupy_wgmma", f"gemm[{sizes},bf16]", {"split_k": 1}, {"split_k": 1, "stream_k": 1})

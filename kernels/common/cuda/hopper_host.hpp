@@ -6,8 +6,8 @@
 // threads wait, products read their operands at their wait; reverse: soon, at issue; random: either), so a
 // missing wait and a buffer given back too early show.
 // Not modelled: registers between warpgroups, that the four warps of a warpgroup issue the same product, memory
-// order between blocks (of a cluster or, by flags, of a grid), products from shared memory that ordinary instructions wrote, and the tensor
-// cores' rounding inside a sum (in fp8 they keep fewer bits than fp32).
+// order between blocks (of a cluster or, by flags, of a grid), products from shared memory that ordinary
+// instructions wrote, and the tensor cores' rounding inside a sum (in fp8 they keep fewer bits than fp32).
 #pragma once
 
 namespace rt {
