@@ -210,7 +210,7 @@ struct Product {
 
 // What follows the product, for one value of c.
 __device__ __forceinline__ Out result_of(Acc value, float scale, float added) {
-  if constexpr (PRECISION == INT8) return value;
+  if constexpr (PRECISION == INT8) return Convert<Out>::from(value);
   else return Convert<Out>::from(finish<EPILOGUE>(PRECISION == FP8 ? value * scale : value, added));
 }
 

@@ -222,9 +222,7 @@ def _transpose(problem: Problem, which: int) -> cuda.Kernel | None:
         what = f"{problem.precision} whose k is a multiple of {ALIGNMENT // size}, and the other size of {4 // size}"
         raise UsageError(f"gemm/cupy_wgmma transposes {what}; this is {lines} x {length}")
     shared = 64 * (68 if size == 1 else 65 * size)
-    return cuda.Kernel(
-        Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (("SIZE", size),), 256, shared
-    )
+    return cuda.Kernel(Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (("SIZE", size),), 256, shared)
 
 
 def _transposed(problem: Problem, compiled: Callable[[cuda.Kernel], cuda.Launch], device: str, which: int) -> Run:
