@@ -20,12 +20,14 @@ def gradients(problem: Problem, inputs: Sequence[Any], gradient: Any) -> list[An
     """Gradient of every input; zeros where an input has none.
 
     Raises:
-        UsageError: the precision has no gradient (fp8 and int8 round their inputs to a grid).
+        UsageError: the precision has no gradient (fp8 and int8 round their inputs to a grid), or attention's lse.
     """
     import torch
 
     if problem.precision in ("fp8", "int8"):
         raise UsageError(f"{problem} has no gradient: {problem.precision} is for inference")
+    if problem.flag("lse"):
+        raise UsageError(f"{problem} has no gradient: its output holds the bits of two results")
     formula = FORMULAS.get(problem.op, _reference)
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
