@@ -20,12 +20,14 @@ def gradients(problem: Problem, inputs: Sequence[Any], gradient: Any) -> list[An
     """Gradient of every input; zeros where an input has none.
 
     Raises:
-        UsageError: the precision has no gradient (fp8 and int8 round their inputs to a grid).
+        UsageError: the precision has no gradient (fp8 and int8 round their inputs to a grid), or attention's lse.
     """
     import torch
 
     if problem.precision in ("fp8", "int8"):
         raise UsageError(f"{problem} has no gradient: {problem.precision} is for inference")
+    if problem.flag("lse"):
+        raise UsageError(f"{problem} has no gradient: its output holds the bits of two results")
     formula = FORMULAS.get(problem.op, _reference)
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
@@ -81,7 +83,7 @@ def _gemm(problem: Problem, inputs: Sequence[Any]) -> Any:
     if epilogue == "none":
         return a @ b
     sums = torch.addmm(inputs[2], a, b)
-    return {"bias": lambda x: x, "bias_relu": torch.relu, "bias_gelu": torch.nn.functional.gelu}[epilogue](sums)
+    return {"bias_relu": torch.relu, "bias_gelu": torch.nn.functional.gelu}.get(epilogue, lambda x: x)(sums)
 
 
 def _reference(problem: Problem, inputs: Sequence[Any]) -> Any:

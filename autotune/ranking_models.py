@@ -21,6 +21,7 @@ from rooftune.autotune.ranking_parts import (
     SIMT,
     SOFTMAX_OPS,
     STEP_CYCLES,
+    STREAM_STEPS,
     Traits,
     axis,
     ceil,
@@ -51,7 +52,7 @@ def gemm(
         warps = 4 * max(1, side // 64) + 4  # warpgroups of 64 rows, and one that loads
     warps = warps or 4
     size, out = PRECISIONS[problem.precision].bytes_in, PRECISIONS[problem.precision].bytes_out
-    split, stages = int(config.get("split_k", 1)), stages_of(config)
+    split, stages, stream = int(config.get("split_k", 1)), stages_of(config), bool(config.get("stream_k"))
     wide = traits.wide(bm, warps, gpu, compiled) and problem.precision != "fp32"
     sums = bm * bn // (32 * (warps - 4 if traits.warpgroup else warps))
     shared = max(stages * (bm + bn) * bk * size, 0)
@@ -81,11 +82,15 @@ def gemm(
     ahead = max(stages - 1, 0.5) * (bm + bn) * bk * size
     feed_s = loaded / feed_rate(gpu, blocks, ahead)
     tile_s = joined(math_s, shared_s, feed_s) + steps * STEP_CYCLES / gpu.clock_hz / blocks
-    busiest = ceil(tiles, gpu.multiprocessors)
+    busiest: float = ceil(tiles, gpu.multiprocessors)
     store_s = bm * bn * (4 if split > 1 else out) / (L2_RATE / 2 * gpu.clock_hz)
     fixed_s = 2 * LATENCY_S + store_s
+    streamed_s = 0.0
+    if stream and tiles % gpu.multiprocessors:  # no last round; a tile's sums are written and read, through L2
+        busiest = max(tiles / gpu.multiprocessors, min(1.0, STREAM_STEPS / steps))
+        streamed_s = 2 * bm * bn * 4 / (L2_RATE / 2 * gpu.clock_hz) + 2 * LATENCY_S
     overlapped = config.get("schedule") in ("persistent", "pingpong") or blocks > 1 or traits.warpgroup
-    own_s = busiest * tile_s + fixed_s * (1 + (busiest - 1) * (0.2 if overlapped else 1.0))
+    own_s = busiest * tile_s + fixed_s * (1 + max(busiest - 1, 0) * (0.2 if overlapped else 1.0)) + streamed_s
     l2_s = tiles * loaded / (L2_TOTAL * gpu.multiprocessors * gpu.clock_hz)
     concurrent = max(1, min(gpu.multiprocessors * blocks, tiles_m * tiles_n))
     group = min(int(config.get("group_m", 1)), tiles_m, concurrent)

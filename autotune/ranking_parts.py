@@ -27,6 +27,7 @@ MMA_SYNC = 0.62  # of the tensor cores' peak, for warp-wide instructions on arch
 SIMT = 0.85  # of the fp32 peak, for register tiles
 SPILL_BYTES = 256  # spilled bytes a thread that cost as much again
 SOFTMAX_OPS = 8  # per score, beside the exponential
+STREAM_STEPS = 4  # of k that a block which streams has at least (kernels/gemm/cupy_wgmma.py)
 STEP_CYCLES = 60  # of a block per step of its loop: barrier, waiting for a stage, addresses
 OVERLAP = 4  # exponent of `joined`: two equal loads together take 1.19 times as long as one
 

@@ -106,7 +106,12 @@ def _joined(result: Any, out: Any) -> Any:
         return result
     import torch
 
-    return torch.cat([part.reshape(-1, out.shape[-1]) for part in result])
+    rows = []
+    for part in result:  # one of another format as its bits, filled up with zeros (Op.stored)
+        flat = part.contiguous().view(-1)
+        flat = flat if part.dtype is out.dtype else flat.view(out.dtype)
+        rows.append(torch.nn.functional.pad(flat, (0, -flat.numel() % out.shape[-1])).view(-1, out.shape[-1]))
+    return torch.cat(rows)
 
 
 def _seen(tensor: Any) -> str:

@@ -145,15 +145,18 @@ def judge_parts(
     if not parts:
         return judge(op, problem, out, ref, kind)
     at = torch.arange(len(out)) if rows is None else torch.as_tensor(list(rows))
-    worst: dict[str, float] = {}
-    start = 0
+    stored, worst, start = op.stored(problem), dict[str, float](), 0
     for name, size in parts.items():
         mine = (at >= start) & (at < start + size)
         start += size
         if not bool(mine.any()):
             continue
-        scales = (s.expand_as(ref.value)[mine] for s in (ref.scale_in, ref.scale_acc))
-        wrong, figures = judge(op, problem, out[mine], Reference(ref.value[mine], *scales), kind)
+        own, own_problem = out[mine], problem
+        if name in stored and (dtype := getattr(torch, stored[name])) != own.dtype:  # wider: judged as fp32 is
+            own, own_problem = own.view(dtype), problem.replace(precision="fp32")
+        columns = own.shape[-1]
+        scales = (s.expand_as(ref.value)[mine, :columns] for s in (ref.scale_in, ref.scale_acc))
+        wrong, figures = judge(op, own_problem, own, Reference(ref.value[mine, :columns], *scales), kind)
         worst |= {k: max(v, worst.get(k, 0.0)) for k, v in figures.items()}
         if wrong:
             return f"{name}: {wrong}", worst
@@ -171,11 +174,35 @@ def settle(result: Any, out: Any) -> None:
     if isinstance(result, tuple):
         import torch
 
-        result = torch.cat([part.reshape(-1, out.shape[-1]) for part in result])
+        result = torch.cat([_rows(part, out) for part in result])
     want, got = (tuple(out.shape), out.dtype, out.device), (tuple(result.shape), result.dtype, result.device)
     if want != got:
         raise TypeError(f"returned {got} instead of {want}")
     out.copy_(result)
+
+
+def _rows(part: Any, out: Any) -> Any:
+    """A returned part as rows of the output: of another format its bits, filled up with zeros (see Op.stored)."""
+    import torch
+
+    flat = part.contiguous().view(-1)
+    flat = flat if part.dtype == out.dtype else flat.view(out.dtype)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % out.shape[-1])).view(-1, out.shape[-1])
+
+
+def _holes(op: Op, problem: Problem, out: Any) -> int:
+    """Values that are not finite; of parts in another format (infinite may be right) those that are NaN."""
+    import torch
+
+    stored, start, holes = op.stored(problem), 0, 0
+    for name, size in (op.parts(problem) or {"": len(out)}).items():
+        own = out[start : start + size]
+        start += size
+        if name in stored:
+            holes += int(own.view(getattr(torch, stored[name])).isnan().sum())
+        else:
+            holes += int((~own.isfinite()).sum())
+    return holes
 
 
 def _bits(x: Any) -> Any:
@@ -238,7 +265,7 @@ def check_case(op: Op, problem: Problem, run: Run, seed: int, device: str = "cpu
         ref = op.reference(problem, pristine, rows)
         problem_found, found = judge_parts(op, problem, got if rows is None else got[rows], ref, rows, kind)
         if not problem_found and rows is not None and kind == "normal" and dtype != "int32":
-            holes = int((~got.isfinite()).sum())  # rows that were not compared were at least written
+            holes = _holes(op, problem, got)  # rows that were not compared were at least written
             problem_found = f"{holes} of {got.numel()} values never written or not finite" if holes else ""
         figures = {k: max(v, figures.get(k, 0.0)) for k, v in found.items()} or figures
         if problem_found:

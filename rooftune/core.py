@@ -240,6 +240,8 @@ class Op:
     `parts(problem)`: an operator with several results (a backward pass) writes them into the one output,
     below one another as rows of its last dimension; name -> number of rows. They are sampled and judged
     one by one. So a kernel still gets one output, and guards, poison and timing stay as they are.
+    `stored(problem)`: parts whose values have another format than the output, name -> torch dtype name. Their bits
+    fill whole rows of it, and what is behind the last value is 0.
     """
 
     name: str
@@ -259,6 +261,7 @@ class Op:
     defaults: Mapping[str, Callable[[Mapping[str, int]], int]] = field(default_factory=dict)
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     parts: Callable[[Problem], Mapping[str, int]] = lambda problem: {}
+    stored: Callable[[Problem], Mapping[str, str]] = lambda problem: {}
 
     def problem(self, given: Problem) -> Problem:
         """Check names, fill defaults, and put sizes in order.

@@ -5,8 +5,8 @@
 // q k^T have the layout that the next product wants for its left operand. Keys and values come
 // through a ring of STAGES buffers, k and v in groups of their own, so that q k^T waits for k alone.
 //
-// Macros: PRECISION (tf32, fp16, bf16), HEAD_DIM, BLOCK_M, BLOCK_N, NUM_WARPS, STAGES (2 or more), CAUSAL, KEEP_Q (1: q
-// in registers, 0: read again for each block of keys).
+// Macros: PRECISION (tf32, fp16, bf16), HEAD_DIM, BLOCK_M, BLOCK_N, NUM_WARPS, STAGES (2 or more), CAUSAL, LSE, KEEP_Q
+// (1: q in registers, 0: read again for each block of keys).
 #include "rooftune.cuh"
 
 using namespace rt;
@@ -63,11 +63,11 @@ __device__ __forceinline__ void probabilities(unsigned (&r)[4], const float (&s)
   }
 }
 
-// q, o: [b, h, sq, D]; k, v: [b, hkv, sk, D]. Grid: one block per BLOCK_M queries of a head. `scale` is
-// log2(e) / sqrt(D). Causal: query i sees keys up to i + sk - sq; one that sees none is 0.
+// q, o: [b, h, sq, D]; k, v: [b, hkv, sk, D]; lse: [b, h, sq], with LSE only. Grid: one block per BLOCK_M queries of
+// a head. `scale` is log2(e) / sqrt(D). Causal: query i sees keys up to i + sk - sq; one that sees none is 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_kernel(T* __restrict__ o, const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                     int heads, int kv_heads, int sq, int sk, float scale) {
+                     float* __restrict__ lse, int heads, int kv_heads, int sq, int sk, float scale) {
   SHARED_MEMORY(shared);
   const int blocks = (sq + BLOCK_M - 1) / BLOCK_M, index = blockIdx.x % blocks, head = blockIdx.x / blocks;
   const int m0 = (CAUSAL ? blocks - 1 - index : index) * BLOCK_M;  // causal: the longest first
@@ -184,6 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int r = 0; r < 2; r++) {
       const float total = reduce_lanes<4>(sum[i][r], Sum());
       const float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // a row that sees no key is 0
+      const int query = m0 + row + 16 * i + 8 * r + g;
+      if (LSE && t == 0 && query < sq) lse[(long long)head * sq + query] = log_of_sum(top[i][r], scale, total);
 #pragma unroll
       for (int j = 0; j < COLS; j++) {
         const int byte = (8 * j + 2 * t) * SIZE;

@@ -3,7 +3,7 @@
 // A warp is 4 x 8 lanes. Each lane has QUERIES rows and, of them, every eighth key's score and every
 // eighth 16-byte chunk of the output; the eight lanes of a row exchange probabilities by shuffles.
 //
-// Macros: HEAD_DIM, BLOCK_M, BLOCK_N, NUM_WARPS, STAGES (2 or more), CAUSAL.
+// Macros: HEAD_DIM, BLOCK_M, BLOCK_N, NUM_WARPS, STAGES (2 or more), CAUSAL, LSE.
 #include "rooftune.cuh"
 
 using namespace rt;
@@ -21,7 +21,8 @@ __device__ __forceinline__ Vec<float, 4> quad(const char* tile, int row, int chu
 // Arguments as in cupy.cu.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_kernel(float* __restrict__ o, const float* __restrict__ q, const float* __restrict__ k,
-                     const float* __restrict__ v, int heads, int kv_heads, int sq, int sk, float scale) {
+                     const float* __restrict__ v, float* __restrict__ lse, int heads, int kv_heads, int sq, int sk,
+                     float scale) {
   SHARED_MEMORY(shared);
   const int blocks = (sq + BLOCK_M - 1) / BLOCK_M, index = blockIdx.x % blocks, head = blockIdx.x / blocks;
   const int m0 = (CAUSAL ? blocks - 1 - index : index) * BLOCK_M;
@@ -116,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const float total = reduce_lanes<8>(sum[i], Sum());
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     const int r = m0 + row + 4 * i;
+    if (LSE && x == 0 && r < sq) lse[(long long)head * sq + r] = log_of_sum(top[i], scale, total);
 #pragma unroll
     for (int c = 0; c < OWN; c++) {
       if (r >= sq || 8 * c + x >= CHUNKS) continue;

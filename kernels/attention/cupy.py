@@ -9,6 +9,7 @@ from typing import Any
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Resources, Space, UsageError
+from rooftune.kernels.attention import results
 from rooftune.kernels.common import cupy as cuda
 
 DEVICES = ("cuda",)
@@ -88,6 +89,7 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
         "PRECISION": cuda.PRECISION_CODE[problem.precision],
         "HEAD_DIM": problem["d"],
         "CAUSAL": int(problem.flag("causal") == "1"),
+        "LSE": int(problem.flag("lse") == "1"),
         **cuda.axes(config, BLOCK_M="block_m", BLOCK_N="block_n", NUM_WARPS="num_warps", STAGES="num_stages"),
         **cuda.axes(config, KEEP_Q="keep_q"),
     }
@@ -97,14 +99,15 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
 
 
 def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch]) -> Run:
-    """run(o: [b, h, sq, d], q: [b, h, sq, d], k: [b, hkv, sk, d], v: [b, hkv, sk, d])."""
+    """run(out: see the operator, q: [b, h, sq, d], k: [b, hkv, sk, d], v: [b, hkv, sk, d])."""
     launch = compiled(_kernel(problem, config))
     b, h, hkv, sq, sk, d = (problem[x] for x in ("b", "h", "hkv", "sq", "sk", "d"))
     grid = -(-sq // config["block_m"]) * b * h
     scale = math.log2(math.e) / math.sqrt(d)  # the kernels exponentiate to base 2
 
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
-        launch(grid, out, q, k, v, h, hkv, sq, sk, scale)
+        o, lse = results(problem, out)
+        launch(grid, o, q, k, v, lse, h, hkv, sq, sk, scale)
 
     return run
 

@@ -1,15 +1,15 @@
 // o from the sums of SPLITS parts of the keys: each part's weight is that of its maximum. A thread: four columns.
 //
-// Macros: PRECISION, HEAD_DIM, SPLITS.
+// Macros: PRECISION, HEAD_DIM, SPLITS, LSE.
 #include "rooftune.cuh"
 
 using namespace rt;
 using T = Format<PRECISION>::In;
 
-// partial: [SPLITS, rows, D], stats: [SPLITS, rows, 2] (maximum, sum); see cupy_decode.cu
+// partial: [SPLITS, rows, D], stats: [SPLITS, rows, 2] (maximum, sum), lse: [rows]; see cupy_decode.cu
 extern "C" __global__ void __launch_bounds__(256)
-    combine_kernel(T* __restrict__ o, const float* __restrict__ partial, const float* __restrict__ stats, int rows,
-                   float scale) {
+    combine_kernel(T* __restrict__ o, const float* __restrict__ partial, const float* __restrict__ stats,
+                   float* __restrict__ lse, int rows, float scale) {
   const long long unit = (long long)blockIdx.x * 256 + threadIdx.x, row = unit / (HEAD_DIM / 4);
   if (row >= rows) return;
   float top = -infinity(), total = 0.0f;
@@ -30,4 +30,5 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int e = 0; e < 4; e++) result.v[e] = Convert<T>::from(total == 0.0f ? 0.0f : value.v[e] / total);
   store<T, 4>(o + unit * 4, result);
+  if (LSE && unit % (HEAD_DIM / 4) == 0) lse[row] = log_of_sum(top, scale, total);
 }

@@ -5,7 +5,8 @@
 // time, by a ring of its own: there is no barrier of the block until the end, when the warps' results are
 // merged. With SPLITS above 1 the merged sums go to `partial`, and cupy_decode.combine.cu ends the work.
 //
-// Macros: PRECISION (fp16, bf16), HEAD_DIM, BLOCK_M (16 or 32), WARP_N, NUM_WARPS, STAGES (2 or more), SPLITS, CAUSAL.
+// Macros: PRECISION (fp16, bf16), HEAD_DIM, BLOCK_M (16 or 32), WARP_N, NUM_WARPS, STAGES (2 or more), SPLITS, CAUSAL,
+// LSE.
 #include "rooftune.cuh"
 
 using namespace rt;
@@ -69,12 +70,13 @@ struct Rows16 {  // what a warp knows of 16 queries: two rows a thread, g and g 
 };
 
 // q, o: [b hkv, rows, D] with rows = queries of h / hkv heads; k, v: [b hkv, sk, D]; partial: [SPLITS, b hkv rows,
-// D], stats: [SPLITS, b hkv rows, 2] (maximum, sum). `scale` is log2(e) / sqrt(D). Grid: SPLITS blocks for each
-// BLOCK_M rows of each b, hkv. Causal: query i of a head sees keys up to i + sk - sq.
+// D], stats: [SPLITS, b hkv rows, 2] (maximum, sum); lse: [b hkv rows], with LSE and one split only. `scale` is
+// log2(e) / sqrt(D). Grid: SPLITS blocks for each BLOCK_M rows of each b, hkv. Causal: query i of a head sees keys up
+// to i + sk - sq.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     decode_kernel(T* __restrict__ o, const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                  float* __restrict__ partial, float* __restrict__ stats, int heads, int rows, int sq, int sk,
-                  float scale) {
+                  float* __restrict__ partial, float* __restrict__ stats, float* __restrict__ lse, int heads,
+                  int rows, int sq, int sk, float scale) {
   SHARED_MEMORY(shared);
   const int split = blockIdx.x % SPLITS, index = blockIdx.x / SPLITS, blocks = (rows + BLOCK_M - 1) / BLOCK_M;
   const int head = index / blocks, row0 = index % blocks * BLOCK_M;
@@ -190,6 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int e = 0; e < 4; e++) result.v[e] = Convert<T>::from(total == 0.0f ? 0.0f : value.v[e] / total);
       store<T, 4>(o + global_row * D + col, result);
+      if (LSE && col == 0) lse[global_row] = log_of_sum(top, scale, total);
     } else {
       const long long slot = (long long)split * heads * rows + global_row;
       store<float, 4>(partial + slot * D + col, value);

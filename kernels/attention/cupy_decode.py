@@ -13,7 +13,9 @@ from typing import Any
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Resources, Space, UsageError
+from rooftune.kernels.attention import results
 from rooftune.kernels.common import cupy as cuda
+from rooftune.kernels.common.resources import worst
 
 DEVICES = ("cuda",)
 PRECISIONS = ("fp16", "bf16")
@@ -92,6 +94,7 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
         "PRECISION": cuda.PRECISION_CODE[problem.precision],
         "HEAD_DIM": problem["d"],
         "CAUSAL": int(problem.flag("causal") == "1"),
+        "LSE": int(problem.flag("lse") == "1"),
         **cuda.axes(config, BLOCK_M="block_m", WARP_N="warp_n", NUM_WARPS="num_warps", STAGES="num_stages"),
         **cuda.axes(config, SPLITS="num_splits"),
     }
@@ -104,13 +107,14 @@ def _combine(problem: Problem, config: Config) -> cuda.Kernel:
         "PRECISION": cuda.PRECISION_CODE[problem.precision],
         "HEAD_DIM": problem["d"],
         "SPLITS": config["num_splits"],
+        "LSE": int(problem.flag("lse") == "1"),
     }
     source = Path(__file__).with_suffix(".combine.cu")
     return cuda.Kernel(source, "combine_kernel", tuple(macros.items()), COMBINE_THREADS)
 
 
 def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch], device: str) -> Run:
-    """run(o: [b, h, sq, d], q: [b, h, sq, d], k: [b, hkv, sk, d], v: [b, hkv, sk, d])."""
+    """run(out: see the operator, q: [b, h, sq, d], k: [b, hkv, sk, d], v: [b, hkv, sk, d])."""
     import torch
 
     launch = compiled(_kernel(problem, config))
@@ -126,9 +130,10 @@ def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], 
     combine_grid = -(-heads * rows * d // (4 * COMBINE_THREADS))
 
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
-        launch(grid, out, q, k, v, partial, stats, heads, rows, sq, sk, scale)
+        o, lse = results(problem, out)
+        launch(grid, o, q, k, v, partial, stats, lse, heads, rows, sq, sk, scale)
         if combine:
-            combine(combine_grid, out, partial, stats, heads * rows, scale)
+            combine(combine_grid, o, partial, stats, lse, heads * rows, scale)
 
     return run
 
@@ -144,5 +149,6 @@ def emulate(problem: Problem, config: Config) -> Run:
 
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
-    """What the machine code takes."""
-    return cuda.resources(_kernel(problem, config), arch)
+    """What the machine code takes: of the two kernels, the most that one of them does."""
+    kernels = [_kernel(problem, config)] + ([_combine(problem, config)] if config["num_splits"] > 1 else [])
+    return worst([cuda.resources(kernel, arch) for kernel in kernels])

@@ -7,7 +7,7 @@
 // with v, which then runs beside the exponentials. The probabilities stay in registers, as left operand.
 // With PINGPONG the warpgroups issue their products in turn, so that one's softmax meets another's products.
 //
-// Macros: PRECISION (fp16, bf16), HEAD_DIM, BLOCK_M, BLOCK_N, STAGES (2 or more), CAUSAL, PINGPONG.
+// Macros: PRECISION (fp16, bf16), HEAD_DIM, BLOCK_M, BLOCK_N, STAGES (2 or more), CAUSAL, LSE, PINGPONG.
 #include "hopper.cuh"
 
 using namespace rt;
@@ -88,12 +88,14 @@ struct Softmax {
     for (int j = 0; j < COLS; j++) o[j] *= shrink[j / 2 % 2];
   }
 
-  // What rows are multiplied by in the end; one that sees no key becomes 0.
-  __device__ __forceinline__ void finish(float (&inverse)[2]) const {
+  // What rows are multiplied by in the end; one that sees no key becomes 0. `lse`: of the head, with LSE only.
+  __device__ __forceinline__ void finish(float (&inverse)[2], float* lse, int first_row, int sq, float scale) const {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const float total = reduce_lanes<4>(sum[r], Sum());
       inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
+      const int row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+      if (LSE && threadIdx.x % 4 == 0 && row < sq) lse[row] = log_of_sum(top[r], scale, total);
     }
   }
 };
@@ -239,12 +241,14 @@ __device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const 
   }
 }
 
-// q, out: maps of [b h, sq, D]; k, v: of [b hkv, sk, D]. `scale` is log2(e) / sqrt(D); `heads` = b h; group_heads:
-// of q, scheduled together. Causal: query i sees keys up to i + sk - sq; one that sees none is 0.
+// q, out: maps of [b h, sq, D]; k, v: of [b hkv, sk, D]; lse: [b h, sq], with LSE only. `scale` is log2(e) / sqrt(D);
+// `heads` = b h; group_heads: of q, scheduled together. Causal: query i sees keys up to i + sk - sq; one that sees none
+// is 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_kernel(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-                     const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap out, int heads, int q_heads,
-                     int kv_heads, int sq, int sk, int group_heads, float scale) {
+                     const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap out,
+                     float* __restrict__ lse, int heads, int q_heads, int kv_heads, int sq, int sk, int group_heads,
+                     float scale) {
   SHARED_MEMORY(shared);
   Pipe pipe{shared, shared + Q::BYTES, shared + V_TILES};
   pipe.q_full = reinterpret_cast<Barrier*>(shared + BARRIERS), pipe.q_empty = pipe.q_full + 1;
@@ -278,12 +282,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_wait(pipe.q_full, turn & 1);
       if (CAUSAL && tiles.count == 0) {  // apart from the others: merged with these, 256 columns did not fit (spills)
         consumer.store([](int) { return 0.0f; }, out, first_row, tiles.head);
+        const int row = first_row + threadIdx.x % 128;
+        if (LSE && threadIdx.x % 128 < 64 && row < sq) lse[(long long)tiles.head * sq + row] = infinity();
         continue;
       }
       float o[COLS], inverse[2];
       Softmax softmax;
       consumer.attend(o, softmax, tiles.count, first_row, sq, sk, scale);
-      softmax.finish(inverse);
+      softmax.finish(inverse, lse + (LSE ? (long long)tiles.head * sq : 0), first_row, sq, scale);
       consumer.store([&](int j) { return o[j] * inverse[j / 2 % 2]; }, out, first_row, tiles.head);
     }
   }

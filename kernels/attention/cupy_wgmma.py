@@ -13,6 +13,7 @@ from typing import Any
 from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
+from rooftune.kernels.attention import results
 from rooftune.kernels.common import cupy as cuda
 from rooftune.kernels.common.cupy_tensormap import bind, layout
 
@@ -72,6 +73,7 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
         "PRECISION": cuda.PRECISION_CODE[problem.precision],
         "HEAD_DIM": problem["d"],
         "CAUSAL": int(problem.flag("causal") == "1"),
+        "LSE": int(problem.flag("lse") == "1"),
         **cuda.axes(config, BLOCK_M="block_m", BLOCK_N="block_n", STAGES="num_stages", PINGPONG="pingpong"),
     }
     threads, source = 128 * (1 + config["block_m"] // 64), Path(__file__).with_suffix(".cu")
@@ -79,7 +81,7 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
 
 
 def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch], blocks: int) -> Run:
-    """run(o: [b, h, sq, d], q: [b, h, sq, d], k: [b, hkv, sk, d], v: [b, hkv, sk, d]), on at most `blocks` blocks."""
+    """run(out: see the operator, q: [b, h, sq, d], k, v: [b, hkv, sk, d]), on at most `blocks` blocks."""
     launch = compiled(_kernel(problem, config))
     b, h, hkv, sq, sk, d = (problem[x] for x in ("b", "h", "hkv", "sq", "sk", "d"))
     storage, scale = FORMATS[problem.precision].storage, math.log2(math.e) / math.sqrt(d)
@@ -91,8 +93,9 @@ def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], 
     group_heads = min(kv_heads * (h // hkv), b * h)
 
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
-        maps = bind(q, queries), bind(k, keys), bind(v, keys), bind(out, stored)
-        launch(grid, *maps, b * h, h, hkv, sq, sk, group_heads, scale)
+        o, lse = results(problem, out)
+        maps = bind(q, queries), bind(k, keys), bind(v, keys), bind(o, stored)
+        launch(grid, *maps, lse, b * h, h, hkv, sq, sk, group_heads, scale)
 
     return run
 

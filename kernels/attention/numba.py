@@ -12,6 +12,7 @@ from numba import prange, types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
+from rooftune.kernels.attention import without_lse
 from rooftune.kernels.common.numba import I32, ITEM, LINE, LOG2E, Emit, State, Value, intrinsic, jit, threads
 from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, vector_width
 from rooftune.kernels.common.numba_dot import round_pairs
@@ -301,6 +302,7 @@ def build(problem: Problem, config: Config) -> Run:
     and v is packed (and widened, unless `multiply` is dot) once for all tiles of the task.
     """
     require(problem.precision)
+    without_lse(problem, "attention/numba")
     heads, group = problem["b"] * problem["h"], problem["h"] // problem["hkv"]
     sq, sk, d = problem["sq"], problem["sk"], problem["d"]
     causal = int(bool(problem.flag("causal")) and sq > 1)  # bottom right: a single query sees every key

@@ -10,6 +10,7 @@ import numpy as np
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Resources, Space, UsageError
+from rooftune.kernels.attention import without_lse
 from rooftune.kernels.common import numba_cuda as common
 from rooftune.kernels.common.numba_cuda import (
     ACCESS,
@@ -352,6 +353,7 @@ def _register_tiles(z: _Sizes) -> Any:
 
 def _launch(problem: Problem, config: Config) -> common.Launch:
     b, h, hkv, sq, sk, d = (problem[x] for x in ("b", "h", "hkv", "sq", "sk", "d"))
+    without_lse(problem, "attention/numba_cuda")
     if d % 16 or not 16 <= d <= 256:
         raise UsageError(f"Numba-CUDA attention takes d in multiples of 16 up to 256, not {d}")
     if h % hkv:

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
+from rooftune.kernels.attention import without_lse
 from rooftune.kernels.common.torch import device
 from rooftune.kernels.common.torch_compile import MODES, compile_body
 
@@ -19,6 +20,7 @@ SPACE = Space(axes={"mode": MODES}, default={"mode": "default"})
 
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [b, h, sq, d], q: [b, h, sq, d], k, v: [b, hkv, sk, d])."""
+    without_lse(problem, "attention/torch_compile")
     sq, sk, grouped = problem["sq"], problem["sk"], problem["h"] != problem["hkv"]
     mask = None
     if problem.flag("causal"):

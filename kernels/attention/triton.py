@@ -11,6 +11,7 @@ import triton.language as tl
 from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
+from rooftune.kernels.attention import results
 from rooftune.kernels.common.triton import SHARED_MAX, Launch, Operand, emulated, native, power_of_two, round_tf32
 
 DEVICES = ("cuda", "rocm")
@@ -69,7 +70,7 @@ def attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def attention(  # type: ignore[no-untyped-def]
-    out, q, k, v, k_box, v_box, group, sq, sk, scale,
+    out, lse, q, k, v, k_box, v_box, group, sq, sk, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -112,6 +113,9 @@ def attention(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]  # a row that sees no key is 0
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+    if lse is not None:  # infinite for a row that sees no key, so that a backward pass gives it no weight
+        value = tl.where(total == 0.0, float("inf"), (top + tl.log2(total)) * 0.6931471805599453)
+        tl.store(lse + head.to(tl.int64) * sq + start + row, value, mask=row < sq - start)
 
 
 def _shared(config: Config, problem: Problem) -> bool:
@@ -190,23 +194,25 @@ def _launch(problem: Problem, config: Config) -> Launch:
     scale = math.log2(math.e) / math.sqrt(d)
     grid = (triton.cdiv(sq, config["block_m"]) * b * h,)
     options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    operands = (plain, plain, plain, plain, box, box)
+    operands = (plain, Operand("float32") if problem.flag("lse") else None, plain, plain, plain, box, box)
     return Launch(attention, grid, operands, (h // hkv, sq, sk, scale), constants, options)
 
 
 def _run(problem: Problem, config: Config) -> Run:
     launch = _launch(problem, config).runner()
-    if config["schedule"] == "pointer":
+    tma = config["schedule"] == "tma"
+    if not tma and not problem.flag("lse"):
         return launch
 
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
-        launch(out, q, k, v, k, v)
+        found = [part for part in results(problem, out) if part is not None]
+        launch(*found, q, k, v, *((k, v) if tma else ()))
 
     return run
 
 
 def build(problem: Problem, config: Config) -> Run:
-    """run(out: [b, h, sq, d], q: as out, k, v: [b, hkv, sk, d]), all contiguous and of one precision."""
+    """run(out: see the operator, q: [b, h, sq, d], k, v: [b, hkv, sk, d]), contiguous and of one precision."""
     native(_launch(problem, config))
     return _run(problem, config)
 

@@ -151,6 +151,6 @@ OP = Op(
     ],
     adversarial=("large", "equal", "nan"),
     defaults=attention.OP.defaults,
-    flags=attention.OP.flags,
+    flags={"causal": ("", "1")},
     parts=_parts,
 )

@@ -137,17 +137,30 @@ def require_arch(arch: str, needed: str, who: str) -> None:
         raise UsageError(f"{who} is made of instructions of {needed}, which {arch} does not have")
 
 
+def reported(log: str, entry: str) -> tuple[int | None, int | None, int]:
+    """Registers, spilled bytes and static shared bytes of one kernel, by ptxas' report on a file of several.
+
+    Functions that are no kernels are somebody's: their spills count for every kernel of the file.
+    """
+    sections = re.split(r"Compiling entry function '(\w+)'", log)
+    kernels = dict(zip(sections[1::2], sections[2::2], strict=True))
+    own = kernels.get(entry, "")
+    registers, static = re.search(r"Used (\d+) registers", own), re.search(r"(\d+) bytes smem", own)
+    properties = re.findall(r"Function properties for (\w+)\n(.* bytes stack frame,.*)", log)
+    lines = [line for name, line in properties if name == entry or name not in kernels]
+    spills = [int(count) for line in lines for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", line)]
+    return int(registers[1]) if registers else None, max(spills, default=None), int(static[1]) if static else 0
+
+
 def resources(kernel: Kernel, arch: str) -> Resources:
-    """Registers a thread, spilled bytes a thread, shared bytes a block, tensor-core instructions."""
+    """Registers and spilled bytes a thread, shared bytes a block; tensor-core instructions of the whole file."""
     cubin, log, ptx = compile_cubin(kernel, arch)
-    registers = re.search(r"Used (\d+) registers", log)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
-    static = re.search(r"(\d+) bytes smem", log)
+    registers, spills, static = reported(log, kernel.entry)
     return Resources(
         arch=arch,
-        registers=int(registers[1]) if registers else None,
-        spill_bytes=max(map(int, spills)) if spills else None,
-        shared_bytes=kernel.shared_bytes + (int(static[1]) if static else 0),
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=kernel.shared_bytes + static,
         tensor_core=_matrix_instructions(cubin, ptx),
         toolchain=toolchain(),
         threads=kernel.threads,

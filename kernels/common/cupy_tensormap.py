@@ -20,7 +20,7 @@ MAGIC = 0x70616D726F736E74
 ALIGNMENT = 16  # bytes: of the tensor, and of the distance between its lines and batches
 BOX_LIMIT = 256  # elements of a box in each direction
 # CUtensorMapDataType; elements without a float format of TMA's are copied as integers of their size
-DATA_TYPE = {"int8": 0, "float8_e4m3fn": 0, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9}
+DATA_TYPE = {"int8": 0, "float8_e4m3fn": 0, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9, "tfloat32": 11}
 SWIZZLE = {32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by the bytes of a line of the box
 L2_PROMOTION_256B = 3
 
@@ -29,7 +29,8 @@ L2_PROMOTION_256B = 3
 class Layout:
     """What of a tensor map does not depend on the address. Sizes in elements, the inner dimension first.
 
-    A tensor is batches of lines of elements; `strides` are bytes from line to line and from batch to batch.
+    A tensor is batches of lines of elements; `strides` are bytes from line to line and from batch to batch. Loads of
+    "tfloat32" round float32 to the nearest tf32, ties to even (triton-lang/triton#11751, seen on sm_120).
     A box has one batch; its inner extent is a whole swizzled line of 32, 64 or 128 bytes.
     """
 
@@ -77,7 +78,8 @@ def emulated(argument: TensorMap) -> bytes:
     """The record that the emulation reads."""
     made = argument.layout
     numbers = (MAGIC, argument.address, *made.sizes, *made.strides)
-    record = struct.pack("<7Q", *numbers) + struct.pack("<5I", *made.box, 1, made.element_bytes, made.line_bytes)
+    rest = (*made.box, 1, made.element_bytes, made.line_bytes, made.dtype == "tfloat32")
+    record = struct.pack("<7Q", *numbers) + struct.pack("<6I", *rest)
     return record.ljust(BYTES, b"\0")
 
 

@@ -51,7 +51,7 @@ device = ops.device
 fmax, fma, exp2, rsqrt, gelu, shfl_xor = ops.fmax, ops.fma, ops.exp2, ops.rsqrt, ops.gelu, ops.shfl_xor
 copy16, copy_commit, copy_wait = warps.copy16, warps.copy_commit, warps.copy_wait
 ldmatrix, ldmatrix_t, MMA, PACK = warps.ldmatrix, warps.ldmatrix_t, warps.MMA, warps.PACK
-grid_mma, grid_finish, grid_store = warps.grid_mma, warps.grid_finish, warps.grid_store
+grid_mma, grid_finish, grid_add, grid_store = warps.grid_mma, warps.grid_finish, warps.grid_add, warps.grid_store
 ACCESS, SHARED_ACCESS = ops.ACCESS, ops.SHARED_ACCESS
 float32, uint16, uint32 = ops.float32, ops.uint16, ops.uint32
 

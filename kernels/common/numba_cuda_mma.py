@@ -202,6 +202,37 @@ def grid_finish(epilogue: str, mt: int, nt: int) -> Any:
     return finish
 
 
+def grid_add(precision: str, mt: int, nt: int, m: int, n: int) -> Any:
+    """Make add(acc, matrix, row, column): add to every sum its element of a 16-bit matrix [m, n].
+
+    row, column: where the thread's first sum belongs; a sum outside gets the first element, and is not stored.
+    """
+    i64 = ir.IntType(64)
+
+    @intrinsic
+    def add(typingctx: Any, acc: Any, matrix: Any, row: Any, column: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = ir.HalfType() if precision == "fp16" else ir.IntType(16)
+            for x in range(mt * nt * 4):
+                r = builder.add(args[2], ir.Constant(i64, x // 4 // nt * 16 + x // 2 % 2 * 8))
+                s = builder.add(args[3], ir.Constant(i64, x // 4 % nt * 8 + x % 2))
+                below, left = (builder.icmp_signed("<", y, ir.Constant(i64, end)) for y, end in ((r, m), (s, n)))
+                index = builder.add(builder.mul(r, ir.Constant(i64, n)), s)
+                index = builder.select(builder.and_(below, left), index, ir.Constant(i64, 0))
+                value = builder.load(pointer_to(context, builder, sig.args[1], args[1], index, kind))
+                if precision == "fp16":
+                    value = builder.fpext(value, F32)
+                else:
+                    value = builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
+                pointer = _slot(context, builder, sig.args[0], args[0], x, F32)
+                builder.store(builder.fadd(builder.load(pointer), value), pointer)
+            return context.get_dummy_value()
+
+        return types.void(acc, matrix, types.int64, types.int64), codegen
+
+    return add
+
+
 def grid_store(precision: str, mt: int, nt: int, m: int, n: int, exact: bool) -> Any:
     """Make store(c, acc, row, column): round the sums to 16 bits and write those inside c: [m, n].
 

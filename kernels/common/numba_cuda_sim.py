@@ -271,6 +271,18 @@ def grid_finish(epilogue: str, mt: int, nt: int) -> Callable[..., None]:
     return finish
 
 
+def grid_add(precision: str, mt: int, nt: int, m: int, n: int) -> Callable[..., None]:
+    """Make add(acc, matrix, row, column): add to every sum its element of a 16-bit matrix [m, n]."""
+    load = ACCESS[precision][0]
+
+    def add(acc: Any, matrix: Any, row: int, column: int) -> None:
+        for x in range(mt * nt * 4):
+            r, s = row + x // 4 // nt * 16 + x // 2 % 2 * 8, column + x // 4 % nt * 8 + x % 2
+            acc[x] = acc[x] + load(matrix, r * n + s if r < m and s < n else 0)
+
+    return add
+
+
 def grid_store(precision: str, mt: int, nt: int, m: int, n: int, exact: bool) -> Callable[..., None]:
     """Make store(c, acc, row, column): round the sums to 16 bits and write those inside c: [m, n]."""
     put = ACCESS[precision][1]

@@ -1,4 +1,4 @@
-"""What follows a register tile of sums in Numba: correction, bias, activation, rounding, edges of the output."""
+"""What follows a register tile of sums in Numba: correction, bias or residual, activation, rounding, edges."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def gelu(e: Emit, x: Value) -> Value:
 
 @cache
 def finish(form: Format, columns: int, epilogue: str) -> Any:
-    """Numba function (sums, out, n, height, width, bias, correction): bias, activation, rounding, edges.
+    """Numba function (sums, out, n, height, width, bias, correction): bias or residual, activation, rounding, edges.
 
     sums: one register tile of accumulators; out: address of its first element in [m, n]; height and width:
-    how much of the tile lies inside; correction: 128 times the column sums of b for unsigned a.
+    how much of the tile lies inside; bias: address of the tile's first, residual: of its first element in [m, n];
+    correction: 128 times the column sums of b for unsigned a.
     """
     integer = form.accumulator == "int32"
 
@@ -48,14 +49,14 @@ def finish(form: Format, columns: int, epilogue: str) -> Any:
     ) -> None:
         b = e.builder
 
-        def result(value: Value, chunk: Chunk) -> Value:
+        def result(value: Value, chunk: Chunk, added: Value) -> Value:
             if integer:
                 if not form.unsigned_a:
                     return value
                 behind = b.bitcast(chunk.load(correction, "fp32"), e.ints)
                 return b.bitcast(b.sub(b.bitcast(value, e.ints), behind), e.vector)
             if epilogue != "none":
-                value = b.fadd(value, chunk.load(bias, form.dtype))
+                value = b.fadd(value, chunk.load(added, form.dtype))
             if epilogue == "bias_relu":
                 value = b.select(b.fcmp_ordered("<", value, e.splat(0.0)), e.splat(0.0), value)
             return gelu(e, value) if epilogue == "bias_gelu" else value
@@ -65,9 +66,10 @@ def finish(form: Format, columns: int, epilogue: str) -> Any:
         def row(i: Value, visit: Callable[[Callable[[Chunk, State], State]], Any]) -> State:
             source = e.offset(sums, i, columns * 4)
             target = e.offset(out, b.mul(i, n), ITEM[stored])
+            added = e.offset(bias, b.mul(i, n), ITEM[stored]) if epilogue == "residual" else bias
 
             def body(chunk: Chunk, _: State) -> State:
-                chunk.store(result(chunk.load(source, "fp32"), chunk), target, stored)
+                chunk.store(result(chunk.load(source, "fp32"), chunk, added), target, stored)
                 return []
 
             visit(body)

@@ -2,6 +2,7 @@
 
 `transpose` names the storage of a and b: `n` is [m, k] / [k, n], `t` is [k, m] / [n, k]; `nt` is what
 torch's linear layers hold. fp8 (e4m3, one scale per tensor, bf16 out) exists as `nt` only, as in torch.
+The epilogue adds a bias: [n], with an activation or without, or a residual: [m, n], of c's format.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from rooftune.core import PRECISIONS, Op, Problem, Reference, Tolerance, UsageError
-from rooftune.kernels.common.data import normal
+from rooftune.kernels.common.data import normal, take
 
-EPILOGUES = ("none", "bias", "bias_relu", "bias_gelu")
+EPILOGUES = ("none", "bias", "bias_relu", "bias_gelu", "residual")
 
 
 def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "normal") -> tuple[Any, ...]:
-    """a, b as stored; then scale_a, scale_b: [1] fp32 for fp8; then bias: [n] if the epilogue has one.
+    """a, b as stored; then scale_a, scale_b: [1] fp32 for fp8; then what the epilogue adds, if it adds anything.
 
     Nothing for inf with bias_gelu: torch's own gelu(inf) is NaN on some CPUs, so there is no agreed answer.
     Kinds: normal, integers (small whole numbers, for which every right kernel is exact), nan (one NaN
-    in a), inf (one infinity in a). fp8 with a bias holds the bias in bf16.
+    in a), inf (one infinity in a). fp8 with a bias or a residual holds it in bf16.
     """
     import torch
 
@@ -36,9 +37,10 @@ def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "n
     shape_a, shape_b = (m, k) if ta == "n" else (k, m), (k, n) if tb == "n" else (n, k)
     a = normal(shape_a, problem.precision, generator, device)
     b = normal(shape_b, problem.precision, generator, device)
-    bias = normal((n,), "bf16" if problem.precision == "fp8" else problem.precision, generator, device)
+    added = (m, n) if problem.flag("epilogue") == "residual" else (n,)
+    more = normal(added, "bf16" if problem.precision == "fp8" else problem.precision, generator, device)
     if kind == "integers":
-        for t in (a, b, bias):
+        for t in (a, b, more):
             t.copy_(torch.randint(-2, 3, t.shape, generator=generator, device=device).to(t.dtype))
     elif kind in ("nan", "inf"):
         a[0, 0] = math.nan if kind == "nan" else math.inf
@@ -46,7 +48,7 @@ def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "n
     if problem.precision == "fp8":
         out += tuple(torch.full((1,), s, dtype=torch.float32, device=device) for s in (0.5, 0.25))
     if problem.flag("epilogue", "none") != "none":
-        out += (bias,)
+        out += (more,)
     return out
 
 
@@ -63,8 +65,8 @@ def reference(problem: Problem, tensors: Sequence[Any], rows: Sequence[int] | No
     size = (a.square() @ b.square()).sqrt() * abs(scale)
     epilogue = problem.flag("epilogue", "none")
     if epilogue != "none":
-        bias = tensors[-1].double()
-        value, size = value + bias, size + bias.abs()
+        more = (take(tensors[-1], rows) if epilogue == "residual" else tensors[-1]).double()
+        value, size = value + more, size + more.abs()
     spread = value.abs() + size
     if epilogue == "bias_relu":
         value = value.clamp_min(0)
@@ -90,7 +92,8 @@ def ragged(problem: Problem) -> Sequence[Problem]:
 def _bytes(p: Problem) -> float:
     f = PRECISIONS[p.precision]
     m, n, k = p["m"], p["n"], p["k"]
-    return float(f.bytes_in * (m * k + k * n) + f.bytes_out * m * n)
+    results = 2 if p.flag("epilogue") == "residual" else 1
+    return float(f.bytes_in * (m * k + k * n) + f.bytes_out * m * n * results)
 
 
 OP = Op(

@@ -5,11 +5,10 @@
 // mma.sync; fp32 does outer products in registers. Both operands keep their storage order in shared
 // memory: nothing is transposed on the way in. The result leaves through shared memory, in whole lines.
 //
-// Macros: PRECISION, TRANS_A, TRANS_B (1: stored [k, m], [n, k]), EPILOGUE (0 none, 1 bias, 2 bias and
-// relu, 3 bias and gelu), BLOCK_M, BLOCK_N, BLOCK_K, WARPS_M, WARPS_N, STAGES, GROUP_M, COPY_A, COPY_B
-// (bytes a copy, see copy_tile), VEC_C (elements of c a store), MIN_BLOCKS (on a multiprocessor at once: it
-// limits the registers).
-#include "rooftune.cuh"
+// Macros: PRECISION, TRANS_A, TRANS_B (1: stored [k, m], [n, k]), EPILOGUE (see epilogue.cuh), BLOCK_M, BLOCK_N,
+// BLOCK_K, WARPS_M, WARPS_N, STAGES, GROUP_M, COPY_A, COPY_B (bytes a copy, see copy_tile), VEC_C (elements of c a
+// store), MIN_BLOCKS (on a multiprocessor at once: it limits the registers).
+#include "epilogue.cuh"
 
 using namespace rt;
 using F = Format<PRECISION>;
@@ -210,18 +209,16 @@ struct Product {
 #endif
 
 // What follows the product, for one value of c.
-__device__ __forceinline__ Out finish(Acc value, float scale, float bias) {
-  if constexpr (PRECISION == FP8) value *= scale;
-  if constexpr (EPILOGUE != 0) value += bias;
-  if constexpr (EPILOGUE == 2) value = value < 0 ? 0 : value;  // not fmaxf, which would drop a NaN
-  if constexpr (EPILOGUE == 3) value = 0.5f * value * (1.0f + erff(value * 0.70710678118654752440f));
-  return Convert<Out>::from(value);
+__device__ __forceinline__ Out result_of(Acc value, float scale, float added) {
+  if constexpr (PRECISION == INT8) return Convert<Out>::from(value);
+  else return Convert<Out>::from(finish<EPILOGUE>(PRECISION == FP8 ? value * scale : value, added));
 }
 
-// scale_a, scale_b: [1], fp8 only; bias: [n], with an epilogue only. Grid: one block per tile of c.
+// scale_a, scale_b: [1], fp8 only; more: bias [n] or residual [m, n], with an epilogue only. Grid: one block per
+// tile of c.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     gemm_kernel(Out* __restrict__ c, const In* __restrict__ a, const In* __restrict__ b,
-                const float* __restrict__ scale_a, const float* __restrict__ scale_b, const Out* __restrict__ bias,
+                const float* __restrict__ scale_a, const float* __restrict__ scale_b, const Out* __restrict__ more,
                 int m, int n, int k) {
   SHARED_MEMORY(shared);
 
@@ -267,9 +264,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     if (m0 + r >= m || n0 + s >= n) continue;
     const Vec<Acc, VEC_C> values = load<Acc, VEC_C>(staged + r * LINE + s);
     Vec<Out, VEC_C> added = {}, result;
-    if (EPILOGUE != 0) added = load<Out, VEC_C>(bias + n0 + s);
+    const long long at = (long long)(m0 + r) * n + n0 + s;
+    if (EPILOGUE != 0) added = load<Out, VEC_C>(more + (EPILOGUE == RESIDUAL ? at : n0 + s));
 #pragma unroll
-    for (int i = 0; i < VEC_C; i++) result.v[i] = finish(values.v[i], scale, to_float(added.v[i]));
-    store<Out, VEC_C>(c + (long long)(m0 + r) * n + n0 + s, result);
+    for (int i = 0; i < VEC_C; i++) result.v[i] = result_of(values.v[i], scale, to_float(added.v[i]));
+    store<Out, VEC_C>(c + at, result);
   }
 }

@@ -10,11 +10,10 @@ from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.common import cupy as cuda
+from rooftune.kernels.gemm import EPILOGUES
 
 DEVICES = ("cuda",)
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8")
-
-EPILOGUES = ("none", "bias", "bias_relu", "bias_gelu")
 
 
 def _shared_bytes(config: Config, problem: Problem) -> int:
@@ -127,7 +126,7 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
 
 
 def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch]) -> Run:
-    """run(c: [m, n], a, b as stored[, scale_a: [1], scale_b: [1]][, bias: [n]])."""
+    """run(c: [m, n], a, b as stored[, scale_a: [1], scale_b: [1]][, bias: [n] or residual: [m, n]])."""
     launch = compiled(_kernel(problem, config))
     m, n, k = problem["m"], problem["n"], problem["k"]
     grid = -(-m // config["block_m"]) * -(-n // config["block_n"])
@@ -135,8 +134,8 @@ def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], 
 
     def run(out: Any, a: Any, b: Any, *rest: Any) -> None:
         scales = rest[:2] if scaled else (None, None)
-        bias = rest[2:] if scaled else rest
-        launch(grid, out, a, b, *scales, bias[0] if bias else None, m, n, k)
+        added = rest[2:] if scaled else rest
+        launch(grid, out, a, b, *scales, added[0] if added else None, m, n, k)
 
     return run
 

@@ -9,10 +9,11 @@
 //
 // Macros: PRECISION, LEFT_MN, RIGHT_MN (1: stored along rows, cols instead of k), SWAP_AB, EPILOGUE, TILE_ROWS,
 // TILE_COLS (of a block's tile), BLOCK_K, STAGES, CLUSTER_ROWS, CLUSTER_COLS, CLUSTER_SIZE, PINGPONG, GROUP_M, SPLIT_K
-// (above 1: partial sums go to `raw`, cupy_wgmma.reduce.cu adds them), PROMOTE (1: fp8 sums leave the tensor
-// cores, which keep about 14 bits, after each tile of k).
+// (above 1: partial sums go to `raw`, cupy_wgmma.reduce.cu adds them), STREAM_K (1: the work left after whole rounds
+// of tiles is dealt out evenly, see schedule.cuh), PROMOTE (1: fp8 sums leave the tensor cores, which keep about 14
+// bits, after each tile of k).
 #include "epilogue.cuh"
-#include "hopper.cuh"
+#include "schedule.cuh"
 
 using namespace rt;
 using F = Format<PRECISION>;
@@ -36,32 +37,7 @@ constexpr int STORE_COLS = SWAP_AB ? 64 : TILE_COLS % 64 == 0 ? 64 : TILE_COLS %
 constexpr int BUFFER_BYTES = RAW ? 0 : SWAP_AB ? TILE_COLS * 128 : 64 * STORE_COLS * 2;
 constexpr int BUFFERS = STAGES * STAGE_BYTES, BARRIERS = BUFFERS + 2 * GROUPS * BUFFER_BYTES;
 
-// A block's tiles, one after another. Clusters that run together take GROUP_M rows of tiles, column by column.
-struct Schedule {
-  int tiles_rows, tiles_cols, tiles_k, total, next, step, rank;
-  int row, col, split, k_begin, k_end;  // of the current tile; k in tiles
-
-  __device__ __forceinline__ Schedule(int rows, int cols, int k) {
-    tiles_rows = (rows + TILE_ROWS * CLUSTER_ROWS - 1) / (TILE_ROWS * CLUSTER_ROWS);
-    tiles_cols = (cols + TILE_COLS * CLUSTER_COLS - 1) / (TILE_COLS * CLUSTER_COLS);
-    tiles_k = (k + BLOCK_K - 1) / BLOCK_K;
-    total = tiles_rows * tiles_cols * SPLIT_K;
-    next = blockIdx.x / CLUSTER_SIZE, step = gridDim.x / CLUSTER_SIZE;
-    rank = CLUSTER_SIZE > 1 ? cluster_rank() : 0;
-  }
-  __device__ __forceinline__ bool advance() {
-    if (next >= total) return false;
-    const int area = tiles_rows * tiles_cols, tile = next % area;
-    const int group = tile / (GROUP_M * tiles_cols), in_group = tile % (GROUP_M * tiles_cols);
-    const int height = min(tiles_rows - group * GROUP_M, GROUP_M);
-    row = ((group * GROUP_M + in_group % height) * CLUSTER_ROWS + rank % CLUSTER_ROWS) * TILE_ROWS;
-    col = (in_group / height * CLUSTER_COLS + rank / CLUSTER_ROWS) * TILE_COLS;
-    split = next / area;
-    k_begin = (int)((long long)tiles_k * split / SPLIT_K), k_end = (int)((long long)tiles_k * (split + 1) / SPLIT_K);
-    next += step;
-    return true;
-  }
-};
+using Schedule = Tiles<TILE_ROWS, TILE_COLS, BLOCK_K, CLUSTER_ROWS, CLUSTER_COLS, GROUP_M, SPLIT_K, STREAM_K != 0>;
 
 struct Pipe {
   char* ring;
@@ -144,9 +120,10 @@ struct Place {
   int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 };
 
-// Values to `raw`, which has the storage order of c: a quad of lanes writes 32 bytes, or eight lanes do.
-__device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* raw, int row, int col, int rows,
-                                          int cols) {
+// Values to `raw`, which has the storage order of c: a quad of lanes writes 32 bytes, or eight lanes do. Those of c
+// itself are finished here.
+__device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* raw, const Out* more, int row, int col,
+                                          int rows, int cols) {
   const Place at;
 #pragma unroll
   for (int i = 0; i < PARTS; i++)
@@ -155,15 +132,35 @@ __device__ __forceinline__ void store_raw(const Acc (&acc)[PARTS][SUMS], Acc* ra
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int r = row + 64 * i + 16 * at.warp + at.g + 8 * half, s = col + 8 * j + 2 * at.t;
-        const Acc low = acc[i][4 * j + 2 * half], high = acc[i][4 * j + 2 * half + 1];
         if (r >= rows || s >= cols) continue;
+        const long long at = SWAP_AB ? (long long)s * rows + r : (long long)r * cols + s, next = SWAP_AB ? rows : 1;
+        const bool both = s + 1 < cols;
+        Vec<Acc, 2> pair{acc[i][4 * j + 2 * half], acc[i][4 * j + 2 * half + 1]};
+        if constexpr (EPILOGUE != 0 && SPLIT_K == 1 && PRECISION == TF32) {
+          const long long from = EPILOGUE == RESIDUAL ? at : SWAP_AB ? r : s;
+          const long long step = EPILOGUE == RESIDUAL ? next : SWAP_AB ? 0 : 1;
+          pair.v[0] = finish<EPILOGUE>(pair.v[0], to_float(more[from]));
+          pair.v[1] = finish<EPILOGUE>(pair.v[1], both ? to_float(more[from + step]) : 0.0f);
+        }
         if (!SWAP_AB && cols % 2 == 0) {
-          store<Acc, 2>(raw + (long long)r * cols + s, Vec<Acc, 2>{low, high});
+          store<Acc, 2>(raw + at, pair);
         } else {
-          raw[SWAP_AB ? (long long)s * rows + r : (long long)r * cols + s] = low;
-          if (s + 1 < cols) raw[SWAP_AB ? (long long)(s + 1) * rows + r : (long long)r * cols + s + 1] = high;
+          raw[at] = pair.v[0];
+          if (both) raw[at + next] = pair.v[1];
         }
       }
+}
+
+// Of two neighbours in row r: those in memory, or with SWAP_AB one below the other, of which there are few.
+__device__ __forceinline__ void read_residual(float (&x)[2], const Out* residual, int r, int s, int rows, int cols) {
+  if (r >= rows || s >= cols) return;
+  if (SWAP_AB) {
+    x[0] = to_float(residual[(long long)s * rows + r]);
+    if (s + 1 < cols) x[1] = to_float(residual[(long long)(s + 1) * rows + r]);
+  } else {  // columns of c come in eights
+    const Vec<Out, 2> pair = load<Out, 2>(residual + (long long)r * cols + s);
+    x[0] = to_float(pair.v[0]), x[1] = to_float(pair.v[1]);
+  }
 }
 
 // Finished 16-bit values through the warpgroup's two buffers. A box is stored while the next one is written.
@@ -182,18 +179,18 @@ struct Store {
     if (leader) tma_store(out, buffer, x, y, 0), bulk_commit();
   }
 
-  __device__ __forceinline__ void tile(const Acc (&acc)[PARTS][SUMS], const TensorMap& out, const Out* bias,
+  __device__ __forceinline__ void tile(const Acc (&acc)[PARTS][SUMS], const TensorMap& out, const Out* more,
                                        float scale, int row, int col, int rows, int cols) {
     const Place at;
     const int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
       float row_bias[2] = {};
-      if (EPILOGUE != 0 && SWAP_AB)
+      if (EPILOGUE != 0 && EPILOGUE != RESIDUAL && SWAP_AB)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const int r = row + 64 * i + 16 * at.warp + at.g + 8 * half;
-          if (r < rows) row_bias[half] = to_float(bias[r]);
+          if (r < rows) row_bias[half] = to_float(more[r]);
         }
       // four 8x8 matrices: (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15)
       const auto pack16 = [&](unsigned(&r)[4], int q) {
@@ -201,8 +198,10 @@ struct Store {
         for (int m = 0; m < 4; m++) {
           const int j = 2 * q + m / 2, s = col + 8 * j + 2 * at.t;
           float add[2] = {row_bias[m % 2], row_bias[m % 2]};
-          if (EPILOGUE != 0 && !SWAP_AB && s < cols) {  // columns of c come in eights
-            const Vec<Out, 2> pair = load<Out, 2>(bias + s);
+          if constexpr (EPILOGUE == RESIDUAL) {
+            read_residual(add, more, row + 64 * i + 16 * at.warp + at.g + 8 * (m % 2), s, rows, cols);
+          } else if (EPILOGUE != 0 && !SWAP_AB && s < cols) {  // columns of c come in eights
+            const Vec<Out, 2> pair = load<Out, 2>(more + s);
             add[0] = to_float(pair.v[0]), add[1] = to_float(pair.v[1]);
           }
           const Acc low = acc[i][4 * j + 2 * (m % 2)], high = acc[i][4 * j + 2 * (m % 2) + 1];
@@ -239,15 +238,17 @@ struct Store {
 };
 
 // left, right: the operands; out: c, unless `raw` ([SPLIT_K,] c) is written instead. scale_a, scale_b: [1], fp8
-// only; bias: [n], with an epilogue only. Grid: a multiple of the cluster, at most what runs at once.
+// only; more: bias [n] or residual [m, n], with an epilogue only; parts: [grid, TILE_ROWS, TILE_COLS], flags: [grid,
+// PER_TILE], down, with STREAM_K only. Grid: a multiple of the cluster, at most what runs at once.
 extern "C" __global__ void
 #if CLUSTER_SIZE > 1
 __cluster_dims__(CLUSTER_SIZE, 1, 1)
 #endif
 __launch_bounds__(THREADS, 1)
 gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
-            const __grid_constant__ TensorMap out, Acc* __restrict__ raw, const float* __restrict__ scale_a,
-            const float* __restrict__ scale_b, const Out* __restrict__ bias, int rows, int cols, int k) {
+            const __grid_constant__ TensorMap out, Acc* __restrict__ raw, Acc* parts, unsigned* flags,
+            const float* __restrict__ scale_a, const float* __restrict__ scale_b, const Out* __restrict__ more,
+            int rows, int cols, int k) {
   SHARED_MEMORY(shared);
   const Schedule tiles(rows, cols, k);
   Pipe pipe;
@@ -292,10 +293,19 @@ gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Tens
       if (PINGPONG) barrier_wait(pipe.turn + group, (count / 2 & 1) ^ (group == 0));
       accumulate(acc, pipe, at, mine.k_end - mine.k_begin, first_row);
       if (PINGPONG && threadIdx.x % 32 == 0) barrier_arrive(pipe.turn + (group ^ 1));
+      if constexpr (STREAM_K) {
+        const auto part = [&](int slot) { return parts + ((long long)slot * TILE_ROWS + first_row) * TILE_COLS; };
+        const auto flag = [&](int slot) { return flags + slot * PER_TILE + (PINGPONG ? 0 : group); };
+        if (mine.k_begin > 0) {  // the tile is another's, who began it
+          leave_part(acc, part(mine.own_slot()), flag(mine.own_slot()), 1 + group);
+          continue;
+        }
+        mine.later_parts([&](int slot) { add_part(acc, part(slot), flag(slot), 1 + group); });
+      }
       if constexpr (RAW) {
-        store_raw(acc, raw + (long long)mine.split * rows * cols, mine.row + first_row, mine.col, rows, cols);
+        store_raw(acc, raw + (long long)mine.split * rows * cols, more, mine.row + first_row, mine.col, rows, cols);
       } else {
-        store.tile(acc, out, bias, scale, mine.row + first_row, mine.col, rows, cols);
+        store.tile(acc, out, more, scale, mine.row + first_row, mine.col, rows, cols);
       }
     }
     if (!RAW && store.leader) bulk_wait_read<0>();

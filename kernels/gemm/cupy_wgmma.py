@@ -2,7 +2,9 @@
 
 Emulated down to swizzled shared memory, barrier phases, clusters and late or early completion; it has not
 run on hardware. `swap_ab` multiplies the transposed product, for few rows; `split_k` adds a second kernel;
-int8 operands that are not stored along k are transposed first, by a kernel of their own.
+`stream_k` deals out what is left after whole rounds of tiles in parts of k (cuda/schedule.cuh). wgmma reads int8 and
+tf32 along k only: an operand stored otherwise is transposed first, by a kernel of its own. tf32 is rounded to the
+nearest by the tensor copies.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.common import cupy as cuda
 from rooftune.kernels.common.cupy_tensormap import ALIGNMENT, Layout, bind, layout
+from rooftune.kernels.common.resources import worst
+from rooftune.kernels.gemm import EPILOGUES
 
 DEVICES = ("cuda",)
-PRECISIONS = ("fp16", "bf16", "fp8", "int8")
+PRECISIONS = ("fp16", "bf16", "tf32", "fp8", "int8")
 
-EPILOGUES = ("none", "bias", "bias_relu", "bias_gelu")
 LINE = 128  # bytes of a swizzled line in shared memory
 ARCH = "sm_90a"
+TRANSPOSED = ("int8", "tf32")  # where operands are not stored along k; fp8 exists along k only
 REDUCE_THREADS = 256
+STREAM_STEPS = 4  # of k, at least, for each block that streams: fewer cost less than a tile's sums through L2
 
 
 def _tile(config: Config) -> tuple[int, int]:
@@ -50,7 +55,7 @@ def _cluster(config: Config) -> tuple[int, int]:
 def _along_k(config: Config, problem: Problem) -> tuple[bool, bool]:
     """Whether the left and the right operand are stored along k when the main kernel gets them."""
     ta, tb = problem.flag("transpose", "nn")
-    transposed = problem.precision == "int8"
+    transposed = problem.precision in TRANSPOSED
     a, b = ta == "n" or transposed, tb == "t" or transposed
     return (b, a) if config["swap_ab"] else (a, b)
 
@@ -107,6 +112,10 @@ def _splits(config: Config, problem: Problem) -> bool:
     return split == 1 or (split <= tiles and split * problem["m"] * problem["n"] * 4 <= 2**28)
 
 
+def _streams(config: Config, problem: Problem) -> bool:
+    return not config["stream_k"] or config["split_k"] == 1
+
+
 def _shares(config: Config, problem: Problem) -> bool:
     """A cluster along m or n has tiles for all of its blocks."""
     return all(config[f"cluster_{x}"] == 1 or problem[x] > config[f"block_{x}"] for x in "mn")
@@ -134,6 +143,7 @@ def _default(problem: Problem) -> Config:
         "schedule": "cooperative",
         "group_m": 8,
         "split_k": 1,
+        "stream_k": 0,
         "swap_ab": int(small),
         "promote": promote,
     }
@@ -150,17 +160,18 @@ SPACE = Space(
     axes={
         "block_m": (16, 32, 64, 128, 256),
         "block_n": (64, 128, 192, 256),
-        "block_k": (64, 128, 256),
+        "block_k": (32, 64, 128, 256),
         "num_stages": (3, 4, 5, 6),
         "cluster_m": (1, 2),
         "cluster_n": (1, 2),
         "schedule": ("cooperative", "pingpong"),
         "group_m": (1, 8, 16),
         "split_k": (1, 2, 4, 8),
+        "stream_k": (0, 1),
         "swap_ab": (0, 1),
         "promote": (0, 1),
     },
-    where=(_promotes, _shares, _rows, _lines, _registers, _fits, _splits),
+    where=(_promotes, _streams, _shares, _rows, _lines, _registers, _fits, _splits),
     default=_default,
 )
 
@@ -180,7 +191,7 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
         "CLUSTER_SIZE": cluster_rows * cluster_cols,
         "PINGPONG": int(config["schedule"] == "pingpong"),
         **cuda.axes(config, BLOCK_K="block_k", STAGES="num_stages", GROUP_M="group_m", SPLIT_K="split_k"),
-        **cuda.axes(config, SWAP_AB="swap_ab", PROMOTE="promote"),
+        **cuda.axes(config, STREAM_K="stream_k", SWAP_AB="swap_ab", PROMOTE="promote"),
     }
     threads = 128 * (1 + _groups(config)[0])
     source = Path(__file__).with_suffix(".cu")
@@ -198,23 +209,32 @@ def _reduce(problem: Problem, config: Config) -> cuda.Kernel:
     return cuda.Kernel(Path(__file__).with_suffix(".reduce.cu"), "reduce_kernel", tuple(macros.items()), REDUCE_THREADS)
 
 
-def _transposed(problem: Problem, compiled: Callable[[cuda.Kernel], cuda.Launch], device: str, which: int) -> Run:
-    """along_k(operand): operand 0 (a) or 1 (b) of an int8 product as stored along k, by a kernel if it is not.
+def _transpose(problem: Problem, which: int) -> cuda.Kernel | None:
+    """The kernel that stores operand 0 (a) or 1 (b) along k, where wgmma cannot read it as it is.
 
     Raises:
         UsageError: lines of it are no multiples of 16 bytes.
     """
+    if problem.precision not in TRANSPOSED or problem.flag("transpose", "nn")[which] == "nt"[which]:
+        return None
+    size, lines, length = cuda.bytes_in(problem), problem["k"], problem["mn"[which]]
+    if length * size % 4 or lines * size % ALIGNMENT:
+        what = f"{problem.precision} whose k is a multiple of {ALIGNMENT // size}, and the other size of {4 // size}"
+        raise UsageError(f"gemm/cupy_wgmma transposes {what}; this is {lines} x {length}")
+    shared = 64 * (68 if size == 1 else 65 * size)
+    return cuda.Kernel(Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (("SIZE", size),), 256, shared)
+
+
+def _transposed(problem: Problem, compiled: Callable[[cuda.Kernel], cuda.Launch], device: str, which: int) -> Run:
+    """along_k(operand): operand 0 (a) or 1 (b) as stored along k, by a kernel if it must be."""
     import torch
 
-    if problem.precision != "int8" or problem.flag("transpose", "nn")[which] == "nt"[which]:
+    kernel = _transpose(problem, which)
+    if kernel is None:
         return lambda operand: operand
-    lines, length = problem["k"], problem["mn"[which]]
-    if length % 4 or lines % ALIGNMENT:
-        raise UsageError(
-            f"gemm/cupy_wgmma transposes int8 of sizes in multiples of {ALIGNMENT}, not {lines} x {length}"
-        )
-    launch = compiled(cuda.Kernel(Path(__file__).with_suffix(".transpose.cu"), "transpose_kernel", (), 256, 64 * 68))
-    result = torch.empty((length, lines), dtype=torch.int8, device=device)
+    launch, lines, length = compiled(kernel), problem["k"], problem["mn"[which]]
+    dtype = getattr(torch, FORMATS[problem.precision].storage)
+    result = torch.empty((length, lines), dtype=dtype, device=device)
     grid = -(-lines // 64) * -(-length // 64)
 
     def along_k(operand: Any) -> Any:
@@ -232,15 +252,16 @@ def _layouts(problem: Problem, config: Config) -> tuple[Layout, Layout, Layout |
     """
     m, n, k = (problem[x] for x in "mnk")
     size, f = cuda.bytes_in(problem), FORMATS[problem.precision]
+    stored = "tfloat32" if problem.precision == "tf32" else f.storage
     extents = (n, m) if config["swap_ab"] else (m, n)
     made = []
     for extent, block, along_k, sharers in zip(
         extents, _tile(config), _along_k(config, problem), reversed(_cluster(config)), strict=True
     ):
         if along_k:
-            made.append(layout(f.storage, size, extent, k, (LINE // size, block // sharers)))
+            made.append(layout(stored, size, extent, k, (LINE // size, block // sharers)))
         else:
-            made.append(layout(f.storage, size, k, extent, (LINE // size, config["block_k"] // sharers)))
+            made.append(layout(stored, size, k, extent, (LINE // size, config["block_k"] // sharers)))
     if _raw(config, problem):
         return made[0], made[1], None
     cols = _tile(config)[1]
@@ -251,7 +272,7 @@ def _layouts(problem: Problem, config: Config) -> tuple[Layout, Layout, Layout |
 def _runner(
     problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], cuda.Launch], blocks: int, device: str
 ) -> Run:
-    """run(c: [m, n], a, b as stored[, scale_a: [1], scale_b: [1]][, bias: [n]]), on at most `blocks` blocks."""
+    """run(c: [m, n], a, b as stored[, scale_a: [1], scale_b: [1]][, what the epilogue adds]), on at most `blocks`."""
     import torch
 
     left, right, out_layout = _layouts(problem, config)
@@ -261,28 +282,33 @@ def _runner(
     extents = (n, m) if config["swap_ab"] else (m, n)
     cluster, split = cluster_rows * cluster_cols, config["split_k"]
     tiles = -(-extents[0] // (rows * cluster_rows)) * -(-extents[1] // (cols * cluster_cols)) * split
+    if config["stream_k"]:
+        tiles = max(tiles, tiles * -(-k // config["block_k"]) // STREAM_STEPS)
     grid = min(tiles, max(blocks // cluster, 1)) * cluster
-    scaled, integers = problem.precision == "fp8", problem.precision == "int8"
-    partial, reduce = None, None
+    scaled, sums = problem.precision == "fp8", torch.int32 if problem.precision == "int8" else torch.float32
+    partial, reduce, parts, flags = None, None, None, None
     if split > 1:
-        partial = torch.empty((split, m, n), dtype=torch.int32 if integers else torch.float32, device=device)
+        partial = torch.empty((split, m, n), dtype=sums, device=device)
         reduce = compiled(_reduce(problem, config))
+    if config["stream_k"]:
+        parts = torch.empty((grid, rows, cols), dtype=sums, device=device)
+        flags = torch.zeros((grid, rows // 64), dtype=torch.int32, device=device)
     a_along_k, b_along_k = (_transposed(problem, compiled, device, which) for which in (0, 1))
     reduce_grid = -(-m * n // (REDUCE_THREADS * cuda.chunk(n, 4)))
 
     def run(out: Any, a: Any, b: Any, *rest: Any) -> None:
         scales = rest[:2] if scaled else (None, None)
         added = rest[2:] if scaled else rest
-        bias = added[0] if added else None
+        more = added[0] if added else None
         a, b = a_along_k(a), b_along_k(b)
         operands = (b, a) if config["swap_ab"] else (a, b)
         maps = bind(operands[0], left), bind(operands[1], right)
         # without a tensor store the third map is not used: any will do
         stored = bind(out, out_layout) if out_layout else maps[0]
         raw = partial if split > 1 else None if out_layout else out
-        launch(grid, *maps, stored, raw, *scales, bias, *extents, k)
+        launch(grid, *maps, stored, raw, parts, flags, *scales, more, *extents, k)
         if reduce:
-            reduce(reduce_grid, out, partial, *scales, bias, m, n)
+            reduce(reduce_grid, out, partial, *scales, more, m, n)
 
     return run
 
@@ -302,7 +328,13 @@ def emulate(problem: Problem, config: Config) -> Run:
 
 
 def compile_for(problem: Problem, config: Config, arch: str) -> Resources:
-    """What the machine code takes. It must be made of wgmma and TMA, and ptxas must not serialize the products."""
+    """What the machine code takes, of all kernels that are launched the most that one of them does.
+
+    The product must be made of wgmma and TMA, and ptxas must not serialize the products.
+    """
     cuda.require_arch(arch, ARCH, "gemm/cupy_wgmma")
     _layouts(problem, config)
-    return cuda.hopper_resources(_kernel(problem, config), arch)
+    others = [_transpose(problem, which) for which in (0, 1)]
+    others += [_reduce(problem, config)] if config["split_k"] > 1 else []
+    found = [cuda.resources(kernel, arch) for kernel in others if kernel]
+    return worst([cuda.hopper_resources(_kernel(problem, config), arch), *found])

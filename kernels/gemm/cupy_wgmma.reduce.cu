@@ -11,7 +11,7 @@ using Out = F::Out;
 
 extern "C" __global__ void __launch_bounds__(256)
     reduce_kernel(Out* __restrict__ c, const Acc* __restrict__ partial, const float* __restrict__ scale_a,
-                  const float* __restrict__ scale_b, const Out* __restrict__ bias, int m, int n) {
+                  const float* __restrict__ scale_b, const Out* __restrict__ more, int m, int n) {
   const long long first = ((long long)blockIdx.x * 256 + threadIdx.x) * VEC, size = (long long)m * n;
   if (first >= size) return;
   Acc sum[VEC] = {};
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(256)
   } else {
     const float scale = PRECISION == FP8 ? *scale_a * *scale_b : 1.0f;
     Vec<Out, VEC> added = {};
-    if (EPILOGUE != 0) added = load<Out, VEC>(bias + first % n);
+    if (EPILOGUE != 0) added = load<Out, VEC>(more + (EPILOGUE == RESIDUAL ? first : first % n));
 #pragma unroll
     for (int i = 0; i < VEC; i++)
       result.v[i] = Convert<Out>::from(finish<EPILOGUE>(sum[i] * scale, to_float(added.v[i])));

@@ -87,6 +87,7 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
     fetch, claim = touch(), touch(write=True)
     sum_columns, corrected = column_sums(columns), form.unsigned_a  # not compiled where `corrected` is False
     item, steps, area = ITEM[form.dtype], form.steps, rows * columns * 4
+    rows_added = rows if epilogue == "residual" else 0  # a bias is the same for all rows
     out_item = 4 if form.accumulator == "int32" else item
     sweep = SWEEP * steps
 
@@ -153,7 +154,7 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
                                     n,
                                     min(rows, m - i * rows),
                                     min(columns, n - j * columns),
-                                    bias + j * columns * item,
+                                    bias + (i * rows_added * n + j * columns) * item,
                                     correction + j * columns * 4,
                                 )
 
@@ -174,6 +175,7 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
     multiply, last = tile(fp32, rows, columns, direct=form.dtype), tile(fp32, rows, columns)
     inner, end = dots(form.dtype, rows, group, columns), finish(form, columns, epilogue)
     item, tall, area = ITEM[form.dtype], 1 if b_along_k else rows, rows * columns * 4
+    rows_added = rows if epilogue == "residual" else 0
 
     @jit("void(" + ", ".join(["int64"] * 12) + ")")
     def product(a, b, bias, out, a_pack, b_pack, sums, m, n, k, depth, parts):  # type: ignore[no-untyped-def]
@@ -215,7 +217,7 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
                         n,
                         min(rows, m - i * rows),
                         min(columns, n - j * columns),
-                        bias + j * columns * item,
+                        bias + (i * rows_added * n + j * columns) * item,
                         0,
                     )
 
@@ -240,7 +242,7 @@ def _build_thin(problem: Problem, config: Config, rows: int, columns: int) -> Ru
 
 
 def build(problem: Problem, config: Config) -> Run:
-    """run(out: [m, n], a, b[, bias]), all contiguous, stored as the flag transpose says.
+    """run(out: [m, n], a, b[, bias or residual]), all contiguous, stored as the flag transpose says.
 
     Loops after Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): task of
     block_m rows (and a share of the columns, where rows alone do not occupy the threads), block of k, panel

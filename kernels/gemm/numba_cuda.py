@@ -21,6 +21,7 @@ from rooftune.kernels.common.numba_cuda import (
     float32,
     fma,
     gelu,
+    grid_add,
     grid_finish,
     grid_mma,
     grid_store,
@@ -171,8 +172,9 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
     SUMS, WORDS_A, WORDS_B, COLUMNS = MT * NT * 4, MT * 4, NT * 2, NT * 2
     mma, finish = grid_mma(z.precision, MT, NT), grid_finish(z.epilogue, MT, NT)
     write = grid_store(z.precision, MT, NT, M, N, M % BM == 0 and N % BN == 0)
+    add = grid_add(z.precision, MT, NT, M, N)
     wait, corner, load = copy_wait(STAGES - 2), _raster(z), ACCESS[z.precision][0]
-    BIAS = z.epilogue != "none"
+    BIAS, RESIDUAL = z.epilogue.startswith("bias"), z.epilogue == "residual"
 
     @device
     def fill(sa: Any, sb: Any, a: Any, b: Any, row: Any, column: Any, step: Any, slot: Any) -> None:
@@ -182,7 +184,7 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
             fill_b(sb, slot * SIZE_B, b, 0, column if B_KINNER else k, k if B_KINNER else column)
         copy_commit()
 
-    def gemm(c: Any, a: Any, b: Any, bias: Any) -> None:
+    def gemm(c: Any, a: Any, b: Any, more: Any) -> None:
         sa = cuda.shared.array(SHARED_A, uint16, 16)
         sb = cuda.shared.array(SHARED_B, uint16, 16)
         acc = cuda.local.array(SUMS, float32)
@@ -214,8 +216,10 @@ def _tensor_core(z: _Sizes, stages: int, warps: tuple[int, int]) -> Any:
         if BIAS:
             for x in range(COLUMNS):
                 s = first + x // 2 * 8 + x % 2
-                fn[x] = load(bias, cuda.selp(s < N, s, 0))
+                fn[x] = load(more, cuda.selp(s < N, s, 0))
             finish(acc, fn)
+        if RESIDUAL:
+            add(acc, more, row + wm + lane // 4, first)
         write(c, acc, row + wm + lane // 4, first)
 
     return gemm
@@ -285,11 +289,11 @@ def _register_tiles(z: _Sizes, thread: tuple[int, int]) -> Any:
     SHARED_A, SHARED_B, NEXT_A, NEXT_B = 2 * SIZE_A, 2 * SIZE_B, BM * BK // z.threads, BN * BK // z.threads
     SUMS, WHOLE = TM * TN, N % 4 == 0
     load, store, _, store16, _ = ACCESS["fp32"]
-    BIAS = z.epilogue != "none"
+    BIAS, RESIDUAL = z.epilogue.startswith("bias"), z.epilogue == "residual"
     load16 = SHARED_ACCESS[2]
     finish, corner = _finisher(z.epilogue), _raster(z)
 
-    def gemm(c: Any, a: Any, b: Any, bias: Any) -> None:
+    def gemm(c: Any, a: Any, b: Any, more: Any) -> None:
         sa = cuda.shared.array(SHARED_A, float32, 16)
         sb = cuda.shared.array(SHARED_B, float32, 16)
         acc = cuda.local.array(SUMS, float32)
@@ -324,9 +328,14 @@ def _register_tiles(z: _Sizes, thread: tuple[int, int]) -> Any:
         if BIAS:
             for j in range(TN):
                 s = column + j // 4 * STEP_N + tx + j % 4
-                fb[j] = load(bias, cuda.selp(s < N, s, 0))
+                fb[j] = load(more, cuda.selp(s < N, s, 0))
             for x in range(SUMS):
                 acc[x] = finish(acc[x], fb[x % TN])
+        if RESIDUAL:
+            for x in range(SUMS):
+                r = row + x // TN // 4 * STEP_M + ty + x // TN % 4
+                s = column + x % TN // 4 * STEP_N + tx + x % 4
+                acc[x] += load(more, cuda.selp((r < M) & (s < N), r * N + s, 0))
         for i in range(TM):
             r = row + i // 4 * STEP_M + ty + i % 4
             for j in range(0, TN, 4):
@@ -364,7 +373,7 @@ def _launch(problem: Problem, config: Config) -> common.Launch:
 
 
 def build(problem: Problem, config: Config) -> Run:
-    """run(out: [m, n], a, b[, bias: [n]]), all contiguous, on torch's current stream."""
+    """run(out: [m, n], a, b[, bias: [n] or residual: [m, n]]), all contiguous, on torch's current stream."""
     return common.build(_launch(problem, config))
 
 

@@ -89,7 +89,7 @@ def _views(problem: Problem) -> Callable[[Any, Any], tuple[Any, Any]]:
 
 
 def build(problem: Problem, config: Config) -> Run:
-    """run(out: [m, n], a, b[, scale_a, scale_b][, bias]), stored as the flag transpose says.
+    """run(out: [m, n], a, b[, scale_a, scale_b][, bias or residual]), stored as the flag transpose says.
 
     Three calls can only allocate and return their result: `onednn_linear` (what torch.compile with frozen
     weights calls on a CPU: bias and activation fused into the product), and `mm_fp32` and `upcast`, rounded at
@@ -175,4 +175,8 @@ def _scaled_mm(problem: Problem, fast: bool, activate: Callable[[Any], Any]) -> 
         torch._scaled_mm(a, b.t(), scale_a, scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=fast, out=out)
         activate(out)
 
-    return run
+    def add(out: Any, a: Any, b: Any, scale_a: Any, scale_b: Any, residual: Any) -> Any:
+        total = torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=torch.float32, use_fast_accum=fast)
+        return total.add_(residual).to(out.dtype)  # a product rounded before the sum is rounded twice
+
+    return add if problem.flag("epilogue") == "residual" else run

@@ -19,7 +19,7 @@ SPACE = Space(axes={"mode": MODES}, default={"mode": "default"})
 
 
 def build(problem: Problem, config: Config) -> Run:
-    """run(out: [m, n], a, b[, scale_a, scale_b][, bias]), stored as the flag transpose says.
+    """run(out: [m, n], a, b[, scale_a, scale_b][, bias or residual]), stored as the flag transpose says.
 
     Raises:
         UsageError: tf32 on a CPU; a 16-bit gelu on a CPU (the sum would be rounded before it); sizes that

@@ -27,12 +27,17 @@ REDUCE_BLOCK = 1024
 
 
 @triton.jit
-def finish(acc, scale_a, scale_b, bias, column, inside, EPILOGUE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scales of fp8, then bias and activation, in fp32; `column`, `inside`: of acc's last dimension."""
+def finish(  # type: ignore[no-untyped-def]
+    acc, scale_a, scale_b, more, row, column, M, N, EPILOGUE: tl.constexpr
+):
+    """Scales of fp8, then what is added and the activation, in fp32; `row`, `column`: of acc's values, broadcast."""
     if scale_a is not None:
         acc = acc * (tl.load(scale_a) * tl.load(scale_b))
-    if EPILOGUE != "none":
-        acc = acc + tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    if EPILOGUE == "residual":
+        at = row.to(tl.int64) * N + column
+        acc = acc + tl.load(more + at, mask=(row < M) & (column < N), other=0.0).to(tl.float32)
+    elif EPILOGUE != "none":
+        acc = acc + tl.load(more + column, mask=column < N, other=0.0).to(tl.float32)
     if EPILOGUE == "bias_relu":
         acc = tl.where(acc < 0.0, 0.0, acc)  # not maximum(): that would drop a NaN
     if EPILOGUE == "bias_gelu":
@@ -42,7 +47,7 @@ def finish(acc, scale_a, scale_b, bias, column, inside, EPILOGUE: tl.constexpr):
 
 @triton.jit
 def gemm_tile(  # type: ignore[no-untyped-def]
-    tile, part, c, a, b, scale_a, scale_b, bias, M, N, K,
+    tile, part, c, a, b, scale_a, scale_b, more, M, N, K,
     TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -103,15 +108,15 @@ def gemm_tile(  # type: ignore[no-untyped-def]
     if SUBTILES == 2:  # in halves: the tile on its way out takes half the shared memory
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         half = n0 + tl.arange(0, BLOCK_N // 2)
-        left = finish(left, scale_a, scale_b, bias, half[None, :], (half < N)[None, :], EPILOGUE)
+        left = finish(left, scale_a, scale_b, more, (m0 + row)[:, None], half[None, :], M, N, EPILOGUE)
         c.store([m0, n0], left.to(c.dtype))
         half += BLOCK_N // 2
-        right = finish(right, scale_a, scale_b, bias, half[None, :], (half < N)[None, :], EPILOGUE)
+        right = finish(right, scale_a, scale_b, more, (m0 + row)[:, None], half[None, :], M, N, EPILOGUE)
         c.store([m0, n0 + BLOCK_N // 2], right.to(c.dtype))
     elif SPLIT_K > 1:  # c: [SPLIT_K, M, N], summed and finished by gemm_reduce
         c += part.to(tl.int64) * M * N
     else:
-        acc = finish(acc, scale_a, scale_b, bias, (n0 + column)[None, :], in_n[None, :], EPILOGUE)
+        acc = finish(acc, scale_a, scale_b, more, (m0 + row)[:, None], (n0 + column)[None, :], M, N, EPILOGUE)
     if TMA and SUBTILES == 1:
         c.store([m0, n0], acc.to(c.dtype))
     elif not TMA:
@@ -121,7 +126,7 @@ def gemm_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gemm(  # type: ignore[no-untyped-def]
-    c, a, b, scale_a, scale_b, bias, M, N, K,
+    c, a, b, scale_a, scale_b, more, M, N, K,
     TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -132,19 +137,19 @@ def gemm(  # type: ignore[no-untyped-def]
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             gemm_tile(
-                tile, tl.program_id(1), c, a, b, scale_a, scale_b, bias, M, N, K, TRANS_A, TRANS_B, EPILOGUE,
+                tile, tl.program_id(1), c, a, b, scale_a, scale_b, more, M, N, K, TRANS_A, TRANS_B, EPILOGUE,
                 PRECISION, IMPRECISE, EVEN_K, TMA, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
             )  # fmt: skip
     else:
         gemm_tile(
-            tl.program_id(0), tl.program_id(1), c, a, b, scale_a, scale_b, bias, M, N, K, TRANS_A, TRANS_B, EPILOGUE,
+            tl.program_id(0), tl.program_id(1), c, a, b, scale_a, scale_b, more, M, N, K, TRANS_A, TRANS_B, EPILOGUE,
             PRECISION, IMPRECISE, EVEN_K, TMA, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
         )  # fmt: skip
 
 
 @triton.jit
 def gemm_reduce(  # type: ignore[no-untyped-def]
-    c, parts, scale_a, scale_b, bias, M, N, EPILOGUE: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr
+    c, parts, scale_a, scale_b, more, M, N, EPILOGUE: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr
 ):
     """c = epilogue of the sum of SPLIT_K products, always in the same order: repeatable to the bit."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -152,7 +157,7 @@ def gemm_reduce(  # type: ignore[no-untyped-def]
     acc = tl.load(parts + at, mask=inside, other=0.0)
     for part in tl.static_range(1, SPLIT_K):
         acc += tl.load(parts + part * M * N + at, mask=inside, other=0.0)
-    acc = finish(acc, scale_a, scale_b, bias, at % N, inside, EPILOGUE)
+    acc = finish(acc, scale_a, scale_b, more, at // N, at % N, M, N, EPILOGUE)
     tl.store(c + at, acc.to(c.dtype.element_ty), mask=inside)
 
 
@@ -313,7 +318,7 @@ def _run(problem: Problem, config: Config, launches: list[Launch], device: str) 
 
 
 def build(problem: Problem, config: Config) -> Run:
-    """run(out: [m, n], a, b[, scale_a, scale_b][, bias]): contiguous, stored as the problem's flags say."""
+    """run(out: [m, n], a, b[, scale_a, scale_b][, bias or residual]): contiguous, stored as the problem's flags say."""
     launches = _launches(problem, config, multiprocessors())
     native(*launches)
     return _run(problem, config, launches, "cuda")

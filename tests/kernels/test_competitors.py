@@ -20,8 +20,8 @@ GPU = [i for i in IMPLS if "cpu" not in i.devices and not i.per_shape]  # torch.
 # flags that change a kernel's code path; each precision gets the first, the first precision gets them all
 VARIANTS = {
     "gemm": ({}, {"transpose": "nt", "epilogue": "bias_gelu"}, {"transpose": "tn", "epilogue": "bias"},
-             {"transpose": "tt", "epilogue": "bias_relu"}),
-    "attention": ({"causal": "1"}, {}),
+             {"transpose": "tt", "epilogue": "bias_relu"}, {"epilogue": "residual"}),
+    "attention": ({"causal": "1"}, {}, {"causal": "1", "lse": "1"}),
     "layernorm": ({}, {"rms": "1"}),
     "softmax": ({},),
     "softmax_bwd": ({},),
@@ -49,6 +49,7 @@ COMPILED = [
     for p in i.precisions
     if (p != "fp16" or (i.op == "gemm" and i.name != "numba_cuda")) and (p == "bf16" or not i.op.endswith("_bwd"))
 ]
+WITHOUT = {("attention/numba", "lse"), ("attention/numba_cuda", "lse")}  # flags that a competitor refuses
 TORCH_INT8 = {"m": 144, "n": 208, "k": 96}  # torch's int8 and fp8 calls want multiples of 16
 
 
@@ -68,6 +69,8 @@ def _cases(impls: list[Impl]) -> list[object]:
             # torch.compile takes some 8 s a case, and its flags are torch's own code paths
             every = precision == impl.precisions[0] and not impl.per_shape
             for flags in variants if every else variants[:1]:
+                if any((impl.key, flag) in WITHOUT for flag in flags):
+                    continue
                 if precision == "fp8":
                     flags = {"transpose": "nt"}
                 label = "-".join([impl.key, precision, *(f"{k}:{v}" for k, v in flags.items())])
@@ -122,6 +125,48 @@ OTHER_PATHS = {  # configs whose code the default of a small problem does not re
         "gemm/triton",
         "gemm[m=72,n=136,k=64,transpose=nt,epilogue=bias_gelu,bf16]",
         {"block_m": 32, "block_n": 64, "block_k": 32, "num_warps": 4, "schedule": "persistent", "subtiles": 2},
+    ),
+    "a residual beside tensor cores": ("gemm/cupy", "gemm[m=72,n=136,k=64,epilogue=residual,bf16]", {"block_m": 64}),
+    "a residual after a split k": (
+        "gemm/cupy_wgmma",
+        "gemm[m=40,n=200,k=328,transpose=nt,epilogue=residual,bf16]",
+        {"split_k": 2, "block_k": 64},
+    ),
+    "a residual of a product that is not transposed": (
+        "gemm/cupy_wgmma",
+        "gemm[m=200,n=136,k=72,transpose=nt,epilogue=residual,fp16]",
+        {"block_n": 64, "num_stages": 3},
+    ),
+    "a residual in Numba's tensor cores": ("gemm/numba_cuda", "gemm[m=72,n=90,k=40,epilogue=residual,fp16]", {}),
+    "tf32, of which an operand is transposed first": (
+        "gemm/cupy_wgmma",
+        "gemm[m=72,n=75,k=40,transpose=tt,epilogue=residual,tf32]",
+        {"block_n": 64, "num_stages": 3},
+    ),
+    "the last parts of k streamed": (
+        "gemm/cupy_wgmma",
+        "gemm[m=72,n=75,k=520,transpose=nt,epilogue=bias_gelu,tf32]",
+        {"block_n": 64, "num_stages": 3, "stream_k": 1},
+    ),
+    "sums of exponentials of rows that see no key": (
+        "attention/cupy_wgmma",
+        "attention[b=1,h=2,hkv=1,sq=150,sk=20,d=64,causal,lse,bf16]",
+        {"block_m": 64, "block_n": 64, "pingpong": 0},
+    ),
+    "sums of exponentials by tensor cores": (
+        "attention/cupy",
+        "attention[b=2,h=2,hkv=1,sq=35,sk=33,d=48,causal,lse,bf16]",
+        {"block_m": 32, "num_warps": 2},
+    ),
+    "sums of exponentials of split keys": (
+        "attention/cupy_decode",
+        "attention[b=1,h=4,hkv=2,sq=5,sk=300,d=64,causal,lse,bf16]",
+        {"num_splits": 4, "num_warps": 2},
+    ),
+    "sums of exponentials beside TMA": (
+        "attention/triton",
+        "attention[b=1,h=2,hkv=1,sq=35,sk=50,d=64,lse,bf16]",
+        {"schedule": "tma"},
     ),
     "several rows a program": ("layernorm_bwd/triton", "layernorm_bwd[m=70,n=40,bf16]", {"block_m": 1, "programs": 32}),
     "dk and dv by a launch each": ("attention_bwd/cupy", "attention_bwd[b=1,h=2,hkv=1,sq=40,sk=56,d=256,bf16]", {}),

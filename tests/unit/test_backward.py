@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from rooftune import check, registry
-from rooftune.autotune import inprocess
-from rooftune.core import Problem, Reference
+from rooftune.autotune import gradients, inprocess
+from rooftune.core import Problem, Reference, UsageError
+from rooftune.kernels import attention
 from rooftune.kernels.layernorm import EPS
 from rooftune.worker import Handle
 
@@ -71,6 +72,36 @@ def test_attention_backward_is_what_autograd_computes(shape: str) -> None:
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen | blind[:, None], enable_gqa=True)
     assert bool((tensors[5].isinf() == blind).all())
     _near(value, _gradients(result, dout, q, k, v))
+
+
+@pytest.mark.parametrize("shape", ["hkv=2,sq=9,sk=14,d=16,causal", "sq=13,sk=6,d=16,causal"])
+def test_attention_gives_its_backward_what_it_needs(shape: str) -> None:
+    """lse in fp32 behind an output of bf16, the same that the backward's own inputs hold."""
+    problem, tensors, value = _given(f"attention[b=2,h=4,{shape},lse,bf16]")
+    op, out = registry.op("attention"), torch.empty(value.shape, dtype=torch.bfloat16)
+    backward = registry.problem(f"attention_bwd[b=2,h=4,{shape},bf16]")
+    again = registry.op("attention_bwd").inputs(backward, check.generator("cpu", 5), "cpu", "normal")
+    check.settle((again[4], again[5]), out)
+    ref = op.reference(problem, tensors, None)
+    assert check.judge_parts(op, problem, out, ref, None)[0] == ""
+    result, lse = attention.results(problem, out)
+    for mine, theirs in zip((*tensors, result, lse), (*again[1:5], again[5].view(-1)), strict=True):
+        assert torch.equal(mine, theirs)
+    rows = [0, len(out) - 1]
+    assert check.judge_parts(op, problem, out[rows], op.reference(problem, tensors, rows), rows)[0] == ""
+    lse[-1] += 1e-4  # of about 2: bf16 would not know
+    assert check.judge_parts(op, problem, out, ref, None)[0].startswith("lse: ")
+
+
+def test_attention_with_logarithms_has_no_gradient_of_its_own() -> None:
+    problem, tensors, value = _given("attention[b=1,h=2,sq=3,sk=4,d=16,lse]")
+    with pytest.raises(UsageError, match="holds the bits of two results"):
+        gradients.gradients(problem, tensors, value)
+    with pytest.raises(UsageError, match="wants an even d"):
+        _given("attention[b=1,h=2,sq=3,d=15,lse,bf16]")
+    numba = registry.impl("attention/numba").load()
+    with pytest.raises(UsageError, match="attention/numba does not give the logarithms"):
+        numba.build(problem, numba.SPACE.default_for(problem))
 
 
 def test_rows_of_a_reference_are_those_of_the_whole() -> None:

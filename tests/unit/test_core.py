@@ -18,7 +18,7 @@ from rooftune.core import PRECISIONS, Problem, Space, UsageError, parse_count
     k=st.integers(1, 10**6),
     precision=st.sampled_from(sorted(PRECISIONS)),
     transpose=st.sampled_from(["nn", "nt", "tn", "tt"]),
-    epilogue=st.sampled_from(["none", "bias", "bias_relu", "bias_gelu"]),
+    epilogue=st.sampled_from(["none", "bias", "bias_relu", "bias_gelu", "residual"]),
 )
 def test_a_printed_problem_reads_back(m: int, n: int, k: int, precision: str, transpose: str, epilogue: str) -> None:
     flags = {"transpose": transpose, "epilogue": epilogue}

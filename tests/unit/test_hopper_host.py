@@ -161,18 +161,20 @@ def test_a_buffer_overwritten_before_the_store_has_read_it_shows(probe: Launch) 
     assert not torch.equal(out.view(torch.int16), torch.cat((want, want)))
 
 
-def _gemm(module: Any, problem: Any, source: Path | None = None, **axes: Any) -> torch.Tensor:
-    """The emulated product of a config, and of another source if one is given."""
+def _gemm(module: Any, problem: Any, source: Path | None = None, blocks: int = 3, **axes: Any) -> torch.Tensor:
+    """What the emulated product of a config (and of another source if one is given) is wrong by, twice."""
     config = {**module.SPACE.default_for(problem), **axes}
     assert module.SPACE.valid(config, problem), config
     with pytest.MonkeyPatch.context() as patch:
         if source:
             patch.setattr(module, "_kernel", lambda p, c, made=module._kernel: replace(made(p, c), source=source))
-        run = module.emulate(problem, config)
-    a, b = registry.op("gemm").inputs(problem, generator("cpu", 1), "cpu", "integers")
-    out = torch.zeros(problem["m"], problem["n"], dtype=torch.bfloat16)
-    run(out, a, b)
-    return out.double() - a.double() @ b.double().t()
+        run = module._runner(problem, config, cupy_host.host, blocks, "cpu")
+    op = registry.op("gemm")
+    tensors = op.inputs(problem, generator("cpu", 1), "cpu", "integers")
+    out = torch.zeros(2, problem["m"], problem["n"], dtype=getattr(torch, op.output(problem)[1]))
+    for turn in out:
+        run(turn, *tensors)
+    return out.double() - op.reference(problem, tensors).value
 
 
 def test_gemm_in_turns_and_clusters_of_four_is_exact_in_random_order() -> None:
@@ -181,6 +183,27 @@ def test_gemm_in_turns_and_clusters_of_four_is_exact_in_random_order() -> None:
     axes = {"schedule": "pingpong", "block_n": 64, "block_m": 64, "cluster_m": 2, "cluster_n": 2, "num_stages": 3}
     with cupy_host.thread_order("random", seed=6):
         assert not _gemm(module, problem, **axes).any()
+
+
+@pytest.mark.parametrize(
+    ("problem", "blocks", "axes"),
+    [  # 64 of k a step, 128 in int8
+        # ten tiles on three blocks: six whole, four in 16 steps
+        ("m=200,n=296,k=200,transpose=nt,fp16", 3, {"block_m": 128, "block_n": 64}),
+        # one tile in twelve steps: the block in the middle neither begins nor ends it
+        ("m=40,n=72,k=760,transpose=nn,epilogue=bias,fp16", 3, {"block_m": 64, "block_n": 128, "swap_ab": 1}),
+        # three pairs of tiles on two clusters, in turn
+        ("m=248,n=184,k=200,transpose=tn,epilogue=residual,fp16", 5,
+         {"block_m": 128, "block_n": 64, "cluster_m": 2, "schedule": "pingpong"}),
+        ("m=72,n=150,k=400,transpose=nt,int8", 2, {"block_m": 64, "block_n": 64, "cluster_m": 1, "swap_ab": 0}),
+    ],
+)  # fmt: skip
+def test_a_streamed_gemm_is_exact_in_random_order(problem: str, blocks: int, axes: dict[str, Any]) -> None:
+    module = registry.impl("gemm/cupy_wgmma").load()
+    made = registry.problem(f"gemm[{problem}]")
+    with cupy_host.thread_order("random", seed=4):
+        wrong = _gemm(module, made, blocks=blocks, stream_k=1, split_k=1, num_stages=3, **axes)
+    assert not wrong.any()  # the second time too: all flags were down again
 
 
 def test_a_gemm_that_gives_its_tiles_back_too_early_is_found(folder: Path) -> None:
@@ -239,6 +262,44 @@ def test_the_driver_gets_the_arguments_it_documents(folder: Path, monkeypatch: p
     assert words[8:] == [32, 48, 1, 1, 1, 1, 2 << 8 | 3 << 16]
     with pytest.raises(UsageError, match="the driver makes no tensor map"):
         cupy_tensormap.encoded(cupy_tensormap.bind(x, cupy_tensormap.layout(x.dtype, 2, 100, 64, (32, 255), 6)))
+
+
+SEVERAL = """
+#include "rooftune.cuh"
+extern "C" __global__ void light(float* x) { x[threadIdx.x] += 1.0f; }
+extern "C" __global__ void heavy(float* x) {
+  float y[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) y[i] = x[64 * threadIdx.x + i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; i++) x[64 * threadIdx.x + i] = y[63 - i];
+}
+extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
+  __shared__ float shared[1024];
+  float y[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) y[i] = x[64 * threadIdx.x + i];
+  shared[threadIdx.x] = y[0];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; i++) x[64 * threadIdx.x + i] = y[63 - i] + shared[i];
+}
+"""
+
+
+def test_resources_are_those_of_the_kernel_that_is_launched(folder: Path) -> None:
+    pytest.importorskip("cupy")
+    source = folder / "several.cu"
+    source.write_text(SEVERAL)
+    light, heavy, spilling = (
+        cupy.resources(Kernel(source, name, (), 1024), "sm_90a") for name in ("light", "heavy", "spilling")
+    )
+    assert light.registers < 32 < 64 <= heavy.registers  # type: ignore[operator]
+    assert spilling.registers == 32  # two blocks of 1,024 threads
+    assert (light.spill_bytes, heavy.spill_bytes) == (0, 0)
+    assert spilling.spill_bytes > 0  # type: ignore[operator]
+    assert (light.shared_bytes, heavy.shared_bytes, spilling.shared_bytes) == (0, 0, 4096)
 
 
 SERIAL = """

@@ -172,6 +172,7 @@ def test_one_graph_under_compile_with_gradients_and_changing_sizes(looks: list[s
         "gemm[m=4,n=5,k=6]",
         "gemm[m=4,n=5,k=6,transpose=nt,epilogue=bias_gelu]",
         "gemm[m=4,n=5,k=6,transpose=tt,epilogue=bias_relu]",
+        "gemm[m=4,n=5,k=6,epilogue=residual]",
         "attention[b=2,h=4,hkv=2,sq=5,sk=5,d=8,causal]",
         "attention[b=1,h=2,sq=3,sk=7,d=8,causal]",
         "attention[b=1,h=2,sq=7,sk=3,d=8,causal]",

@@ -61,6 +61,18 @@ def test_split_k_pays_only_where_tiles_are_few() -> None:
     assert many[0] < many[1]
 
 
+def test_stream_k_pays_where_the_last_round_is_nearly_empty_or_tiles_are_few() -> None:
+    """On 132 multiprocessors: 143 tiles are a round and a bit, 132 are one, 8 leave most of them without work."""
+    problems = ("m=1664,n=1408,k=8192", "m=1536,n=1408,k=8192", "m=128,n=1024,k=8192")
+    ragged, whole, few = (
+        seconds("gemm/cupy_wgmma", f"gemm[{sizes},bf16]", {"split_k": 1}, {"split_k": 1, "stream_k": 1})
+        for sizes in problems
+    )
+    assert ragged[1] < 0.8 * ragged[0]
+    assert whole[1] == whole[0]
+    assert few[1] < few[0] / 4
+
+
 def test_warpgroup_instructions_matter_where_there_are_such() -> None:
     problem = "gemm[m=8192,n=8192,k=8192,bf16]"
     wide, narrow = (seconds(key, problem, {})[0] for key in ("gemm/triton", "gemm/cupy"))

@@ -91,6 +91,28 @@ __device__ __forceinline__ void store_matrices_transposed(char* row, const unsig
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
+// ---- between blocks of a grid, through memory ----
+// What this thread wrote, and those that met it at a barrier since, is seen by whoever has awaited the flag.
+__device__ __forceinline__ void raise_flag(unsigned* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+// By one thread of the grid, which takes it down again.
+__device__ __forceinline__ void await_flag(unsigned* flag) {
+  unsigned up;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(up) : "l"(flag) : "memory");
+  } while (!up);
+  asm volatile("st.relaxed.gpu.global.u32 [%0], 0;" ::"l"(flag) : "memory");
+}
+// 16 bytes that another block wrote during this launch: past L1, which may hold what was there before.
+template <class T, int N> __device__ __forceinline__ Vec<T, N> load_written(const T* p) {
+  static_assert(sizeof(T) * N == 16, "one load");
+  union { unsigned word[4]; Vec<T, N> value; } read;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(read.word[0]), "=r"(read.word[1]), "=r"(read.word[2]), "=r"(read.word[3]) : "l"(p) : "memory");
+  return read.value;
+}
+
 // ---- registers between warpgroups: each warp of one must execute it; ptxas allocates by it (C7508 if it cannot) ----
 template <int COUNT> __device__ __forceinline__ void fewer_registers() {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "multiples of 8 from 24 to 256");

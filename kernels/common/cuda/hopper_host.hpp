@@ -6,8 +6,8 @@
 // threads wait, products read their operands at their wait; reverse: soon, at issue; random: either), so a
 // missing wait and a buffer given back too early show.
 // Not modelled: registers between warpgroups, that the four warps of a warpgroup issue the same product, memory
-// order between blocks of a cluster, products from shared memory that ordinary instructions wrote, and the tensor
-// cores' rounding inside a sum (in fp8 they keep fewer bits than fp32).
+// order between blocks (of a cluster or, by flags, of a grid), products from shared memory that ordinary
+// instructions wrote, and the tensor cores' rounding inside a sum (in fp8 they keep fewer bits than fp32).
 #pragma once
 
 namespace rt {
@@ -15,7 +15,7 @@ namespace rt {
 // What cupy_tensormap.py packs for the emulation in place of the driver's 128 bytes.
 struct TensorMap {
   uint64_t magic, address, sizes[3], strides[2];  // elements, inner first; bytes between lines, between batches
-  uint32_t box[3], element_bytes, swizzle_bytes, unused[13];
+  uint32_t box[3], element_bytes, swizzle_bytes, to_tf32, unused[12];
 };
 static_assert(sizeof(TensorMap) == 128, "as the driver's");
 
@@ -133,6 +133,16 @@ template <class Use> void each_byte(const TensorMap& map, const int (&at)[3], un
         use(swizzled(target + (z * map.box[1] + y) * line + byte, map.swizzle_bytes), inside ? memory : nullptr);
       }
 }
+// A byte on its way to shared memory: of an element that the copy rounds to tf32, ties to even, or as it is.
+inline char loaded(const TensorMap& map, const char* memory) {
+  if (!memory) return 0;
+  if (!map.to_tf32) return *memory;
+  const uintptr_t place = reinterpret_cast<uintptr_t>(memory);
+  uint32_t u;
+  std::memcpy(&u, reinterpret_cast<const char*>(place & ~uintptr_t(3)), 4);
+  if ((u & 0x7F800000) != 0x7F800000) u = (u + 0xFFF + (u >> 13 & 1)) & 0xFFFFE000;
+  return static_cast<char>(u >> 8 * (place & 3));
+}
 inline unsigned box_bytes(const TensorMap& map) { return map.box[0] * map.box[1] * map.box[2] * map.element_bytes; }
 
 inline unsigned check_box(const TensorMap& map, const char* shared, const char* what) {
@@ -154,7 +164,7 @@ inline void load_box(char* to, const TensorMap& map, Barrier* full, int x, int y
     for (auto& b : pool().blocks) {
       if (!(mask >> b->rank & 1)) continue;
       if (!b->live) fail("a tensor load lands in block %u, which has returned", b->index);
-      each_byte(copy, {x, y, z}, target, [&](unsigned at, char* memory) { b->shared[at] = memory ? *memory : 0; });
+      each_byte(copy, {x, y, z}, target, [&](unsigned at, char* memory) { b->shared[at] = loaded(copy, memory); });
       Phases& p = phases(*b, barrier, "a tensor load");
       p.bytes -= box_bytes(copy);
       settle(p);
@@ -197,6 +207,17 @@ template <int PENDING> void bulk_wait_read() {
   }
 }
 inline void fence_async() { host::fiber().unfenced.clear(); }
+
+// ---- between blocks of a grid: they run one after another here, so only an earlier one can have raised a flag ----
+inline void raise_flag(unsigned* flag) {
+  if (*flag) host::fail("block %u raises a flag that is up", host::block().index);
+  *flag = 1;
+}
+inline void await_flag(unsigned* flag) {
+  if (!*flag) host::fail("block %u awaits a flag that no block before it has raised", host::block().index);
+  *flag = 0;
+}
+template <class T, int N> Vec<T, N> load_written(const T* p) { return load<T, N>(p); }
 
 // ---- stmatrix ----
 namespace host {

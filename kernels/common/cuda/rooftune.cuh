@@ -43,8 +43,14 @@ template <class T, int N> __device__ __forceinline__ void store(T* p, const Vec<
   *reinterpret_cast<Vec<T, N>*>(p) = x;
 }
 
-constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+// The natural logarithm of a sum of exponentials: `total` of them, each by 2^(top * scale) too small. No exponential
+// at all gives infinity, so that exp(score - it) is 0 in a backward pass.
+__device__ __forceinline__ float log_of_sum(float top, float scale, float total) {
+  return total == 0.0f ? infinity() : LN2 * fmaf(top, scale, log2f(total));
+}
 
 // ---- reductions: every one of `WIDTH` neighbouring lanes gets the result ----
 struct Max { __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); } };
