@@ -173,6 +173,7 @@ def _variables(verbs: Mapping[str, argparse.ArgumentParser]) -> dict[str, tuple[
     """The one table of environment variables: name -> (what it sets, the verbs that read it)."""
     found = {
         "ROOFTUNE_RESULTS_DIR": ("where runs are stored (default: results/runs)", "all"),
+        "ROOFTUNE_CEILINGS": ("a stored run of this device whose ceilings are used, not measured anew", "run, block"),
         "ROOFTUNE_CACHE_DIR": ("where compiled kernels are kept (default: the user's cache folder)", "all"),
         "ROOFTUNE_TABLE": ("the file of tuned configs (default: in the folder of runs)", "run, tune, best, block"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 import time
@@ -78,7 +79,13 @@ class Session:
 
     @property
     def ceilings(self) -> dict[str, Any]:
-        """Measured once a session, in a process of its own, before anything is raced."""
+        """Measured once a session, in a process of its own, before anything is raced.
+
+        ROOFTUNE_CEILINGS names a stored run of this device whose ceilings are taken instead; the run file says so.
+        """
+        if self._ceilings is None and (earlier := os.environ.get("ROOFTUNE_CEILINGS")):
+            self._ceilings = self._stored(store.resolve(earlier))
+            self.log.append({"kind": "ceilings", "schema": SCHEMA, "run": self.run, "ceilings": self._ceilings})
         if self._ceilings is None:
             self.say("measuring this device's ceilings: copy bandwidth and matrix rates")
             kind = self.device.kind
@@ -91,6 +98,22 @@ class Session:
             assert self._ceilings is not None
             self.log.append({"kind": "ceilings", "schema": SCHEMA, "run": self.run, "ceilings": self._ceilings})
         return self._ceilings
+
+    def _stored(self, path: Path) -> dict[str, Any]:
+        """The ceilings of a run, if it was at this device with as many threads."""
+        owner: Any = None
+        found: Any = None
+        for line in store.Log(path).read()[0]:
+            if line.get("kind") == "session":
+                owner = device.identity(line.get("device") or {})
+            elif line.get("kind") == "ceilings" and line["ceilings"].get("threads") in (None, self.threads):
+                found = line["ceilings"]
+        if found is None or owner != self.about["identity"]:
+            raise UsageError(
+                f"ROOFTUNE_CEILINGS={path}: no ceilings of {self.device.name} with {self.threads} threads there; "
+                "unset it to measure them"
+            )
+        return dict(found) | {"from": path.stem}
 
     def know(self, ceilings: dict[str, Any]) -> None:
         """Ceilings that an earlier sitting at this device measured: they are not measured again."""

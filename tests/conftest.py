@@ -7,13 +7,30 @@ from pathlib import Path
 
 import pytest
 
+from rooftune import device
 from rooftune.lab import Lab
+from rooftune.results import store
+from rooftune.results.record import SCHEMA
+
+
+@pytest.fixture(scope="session")
+def made_up_ceilings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stored run of this CPU with ceilings that nobody measured: measuring takes each of a dozen runs 16 s."""
+    log = store.Log(tmp_path_factory.mktemp("ceilings") / "made-up.jsonl")
+    log.append({"kind": "session", "schema": SCHEMA, "device": device.find("cpu").fingerprint()})
+    for threads in (1, 2):
+        rate = {p: {"value": 0.1, "unit": "TFLOP/s", "how": "made up"} for p in ("fp32", "bf16", "fp16")}
+        copy = [{"working_set_bytes": 2**20, "value": 20.0, "unit": "GB/s", "how": "made up"}]
+        found = {"device": "cpu", "threads": threads, "copy": copy, "matrix": rate, "vector": {}, "datasheet": None}
+        log.append({"kind": "ceilings", "schema": SCHEMA, "ceilings": found})
+    return log.path
 
 
 @pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_up_ceilings: Path) -> None:
     monkeypatch.setenv("ROOFTUNE_RESULTS_DIR", str(tmp_path / "results"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("ROOFTUNE_CEILINGS", str(made_up_ceilings))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rooftune.core import ExitCode
+from rooftune.results import store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,7 +89,7 @@ def test_a_file_that_raises_on_import_stops_before_anything_is_timed(kernel) -> 
 
 def test_a_users_kernel_joins_the_race_and_json_has_its_keys(kernel) -> None:  # type: ignore[no-untyped-def]
     done = bench("run", "softmax[m=64,n=256,fp32]", "--only", "torch", "--load", str(kernel()), "--rounds", "6",
-                 "--evidence", "none", "--json")  # fmt: skip
+                 "--evidence", "none", "--json", ROOFTUNE_CEILINGS="")  # fmt: skip
     assert done.returncode == ExitCode.OK, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     promised = "problem op shape precision impl config default status reason evidence time_s time_ci_s ratio_to_torch"
@@ -112,6 +113,16 @@ def test_a_wrong_kernel_has_no_time_and_exit_code_1(kernel) -> None:  # type: ig
     mine = next(r for r in map(json.loads, done.stdout.splitlines()) if r["impl"] == "softmax/mine")
     assert (mine["status"], mine["time_s"], mine["rounds"]) == ("wrong", None, None)
     assert "Frobenius" in mine["reason"]
+
+
+def test_ceilings_of_another_device_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    log = store.Log(path)
+    log.append({"kind": "session", "schema": 1, "device": {"kind": "cpu", "name": "another CPU"}})
+    log.append({"kind": "ceilings", "schema": 1, "ceilings": {"threads": 1}})
+    done = bench("run", "softmax[m=8,n=64,fp32]", "--only", "torch", "--threads", "1", ROOFTUNE_CEILINGS=str(path))
+    assert done.returncode == ExitCode.USAGE
+    assert "other.jsonl: no ceilings of" in done.stderr
 
 
 def test_nothing_that_can_run_is_exit_code_4() -> None:
