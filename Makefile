@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: bench test lint setup clean
+.PHONY: bench test test-slow lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -19,7 +19,11 @@ bench: setup
 test: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --benchmark-disable
+	$(BIN)/python -m pytest -n 2 --benchmark-disable -m "not slow"
+	@echo "left to 'make test-slow': the tests marked slow (ten seconds or more each, mostly compilers); CI runs both"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --benchmark-disable -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format . && $(BIN)/mypy

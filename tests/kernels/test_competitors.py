@@ -44,12 +44,16 @@ THOROUGH = {  # with ragged relatives; else bf16, fp32, int8. Row kernels differ
 SMALL_SPILL = 256  # bytes stored and loaded: attention at d=128 keeps a few registers too many on sm_80
 # fp16 differs from bf16 in the type of one instruction: compiled for GEMM only (Numba-CUDA's takes 10 s, and is not)
 COMPILED = [
-    pytest.param(i, p, id=f"{i.key}-{p}")
+    pytest.param(i, p, id=f"{i.key}-{p}", marks=[pytest.mark.slow] if i.name == "numba_cuda" and p == "fp32" else [])
     for i in GPU
     for p in i.precisions
     if (p != "fp16" or (i.op == "gemm" and i.name != "numba_cuda")) and (p == "bf16" or not i.op.endswith("_bwd"))
 ]
 WITHOUT = {("attention/numba", "lse"), ("attention/numba_cuda", "lse")}  # flags that a competitor refuses
+SLOW = {  # ten seconds or more of a compiler; the other precisions of the same kernel are not
+    ("attention/numba", "fp16"), ("attention/numba", "bf16"), ("attention/numba_cuda", "fp32"),
+    ("attention_bwd/torch", "fp32"), ("attention/triton", "fp32"), ("gemm/numba", "fp16"),
+}  # fmt: skip
 TORCH_INT8 = {"m": 144, "n": 208, "k": 96}  # torch's int8 and fp8 calls want multiples of 16
 
 
@@ -74,7 +78,8 @@ def _cases(impls: list[Impl]) -> list[object]:
                 if precision == "fp8":
                     flags = {"transpose": "nt"}
                 label = "-".join([impl.key, precision, *(f"{k}:{v}" for k, v in flags.items())])
-                found.append(pytest.param(impl, precision, flags, id=label))
+                slow = [pytest.mark.slow] if impl.per_shape or (impl.key, precision) in SLOW else []
+                found.append(pytest.param(impl, precision, flags, id=label, marks=slow))
     return found
 
 
@@ -180,6 +185,7 @@ OTHER_PATHS = {  # configs whose code the default of a small problem does not re
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OTHER_PATHS)
 def test_a_path_beside_the_default_is_right_when_emulated(lab: Lab, path: str) -> None:
     key, text, changes = OTHER_PATHS[path]

@@ -18,6 +18,7 @@ import pytest
 MISSING = [name for name in ("torch", "numba") if importlib.util.find_spec(name) is None]
 if MISSING:
     pytest.skip(f"{', '.join(MISSING)} not installed", allow_module_level=True)
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 CPUS: dict[str, tuple[int, tuple[str, ...]]] = {  # lanes, features

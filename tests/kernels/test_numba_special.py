@@ -17,6 +17,7 @@ import pytest
 MISSING = [name for name in ("torch", "numba") if importlib.util.find_spec(name) is None]
 if MISSING:
     pytest.skip(f"{', '.join(MISSING)} not installed", allow_module_level=True)
+pytestmark = pytest.mark.slow
 
 import numba
 import torch

@@ -22,6 +22,7 @@ try:
     cupy_host.compiler()
 except Unavailable as reason:
     pytest.skip(str(reason), allow_module_level=True)
+pytestmark = pytest.mark.slow
 
 BLOCKS, THREADS = 4, 64
 PROBE = r"""

@@ -192,6 +192,7 @@ def test_interpreted_loops_take_bounds_known_at_run_time(interpreted: dict[str, 
     assert interpreted["loop"] == 0 + 3 + 6 + 9
 
 
+@pytest.mark.slow
 def test_machine_code_is_read_without_a_gpu(tmp_path: Path) -> None:
     found = _child(tmp_path, COMPILED, "0")
     expected = {"sm_80": "HMMA", "sm_90a": "HGMMA", "sm_100a": "UTC", "sm_120a": "HMMA"}

@@ -385,6 +385,7 @@ def build(problem, config):
 '''
 
 
+@pytest.mark.slow
 def test_a_users_file_is_tuned_for_real(tmp_path: Path, lab: Lab) -> None:
     path = tmp_path / "mine.py"
     path.write_text(TUNABLE)
