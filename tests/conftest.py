@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_up_ceilin
     monkeypatch.setenv("ROOFTUNE_RESULTS_DIR", str(tmp_path / "results"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("ROOFTUNE_CEILINGS", str(made_up_ceilings))
+
+
+@pytest.fixture(autouse=True)
+def _gradients_as_before() -> Iterator[None]:
+    """A competitor that is built here and not in a worker turns torch's gradients off for the whole process."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_grad_enabled(True)
 
 
 @pytest.fixture
