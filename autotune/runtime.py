@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from rooftune.check import joined
 from rooftune.core import Config, Problem, UsageError
 
 Run = Callable[..., Any]  # run(out, *inputs); a torch call that can only allocate returns its result instead
@@ -86,7 +87,7 @@ class Kernel:
                 raise UsageError(f"{self.problem}: {_seen(tensor)}, expected contiguous {list(shape)} {dtype}")
         result = self.run(out, *inputs)
         if result is not None:
-            out.copy_(_joined(result, out))
+            out.copy_(joined(result, out))
 
     def fresh(self, *inputs: Any) -> Any:
         """A new output tensor with the result. The inputs are not checked."""
@@ -97,21 +98,7 @@ class Kernel:
             return out
         if spare is None:  # it allocates its result: from now on it gets an empty tensor of that type
             self.spare["out"] = out[:0]
-        return _joined(result, out)
-
-
-def _joined(result: Any, out: Any) -> Any:
-    """What a call returned as one tensor: several results are rows of one output, one below the other."""
-    if not isinstance(result, tuple):
-        return result
-    import torch
-
-    rows = []
-    for part in result:  # one of another format as its bits, filled up with zeros (Op.stored)
-        flat = part.contiguous().view(-1)
-        flat = flat if part.dtype is out.dtype else flat.view(out.dtype)
-        rows.append(torch.nn.functional.pad(flat, (0, -flat.numel() % out.shape[-1])).view(-1, out.shape[-1]))
-    return torch.cat(rows)
+        return joined(result, out)
 
 
 def _seen(tensor: Any) -> str:

@@ -171,23 +171,26 @@ def settle(result: Any, out: Any) -> None:
     """
     if result is None:
         return
-    if isinstance(result, tuple):
-        import torch
-
-        result = torch.cat([_rows(part, out) for part in result])
+    result = joined(result, out)
     want, got = (tuple(out.shape), out.dtype, out.device), (tuple(result.shape), result.dtype, result.device)
     if want != got:
         raise TypeError(f"returned {got} instead of {want}")
     out.copy_(result)
 
 
-def _rows(part: Any, out: Any) -> Any:
-    """A returned part as rows of the output: of another format its bits, filled up with zeros (see Op.stored)."""
+def joined(result: Any, out: Any) -> Any:
+    """What a call returned as one tensor: several results are rows of one output, one below the other; one of another
+    format is its bits, filled up with zeros (see Op.stored)."""
+    if not isinstance(result, tuple):
+        return result
     import torch
 
-    flat = part.contiguous().view(-1)
-    flat = flat if part.dtype == out.dtype else flat.view(out.dtype)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % out.shape[-1])).view(-1, out.shape[-1])
+    rows = []
+    for part in result:
+        flat = part.contiguous().view(-1)
+        flat = flat if part.dtype == out.dtype else flat.view(out.dtype)
+        rows.append(torch.nn.functional.pad(flat, (0, -flat.numel() % out.shape[-1])).view(-1, out.shape[-1]))
+    return torch.cat(rows)
 
 
 def _holes(op: Op, problem: Problem, out: Any) -> int:

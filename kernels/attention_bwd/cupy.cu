@@ -13,7 +13,7 @@
 // Macros: PRECISION (fp16, bf16), HEAD_DIM, NUM_WARPS, BLOCK (passing rows at a time), STAGES (2 or more), CAUSAL,
 // KEYS, SUMS (1: dk or dq, 2: dv, 3: both; without KEYS 1); or PREPARE alone beside the first three: the kernel that
 // makes the row statistics.
-#include "rooftune.cuh"
+#include "backward.cuh"
 
 using namespace rt;
 using T = Format<PRECISION>::In;
@@ -42,9 +42,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 constexpr int OWN = 16 * NUM_WARPS, STEPS = D / 16, COLS = D / 8, TILES = BLOCK / 8;
 using Tile = Rows<D / 8>;
 constexpr bool SLOPES = SUMS & 1, WEIGHTS = SUMS & 2;  // which sums this launch makes: sum1 (of ds), sum2 (of p)
-constexpr int OWN_BYTES = OWN * Tile::STRIDE * 16, BLOCK_BYTES = BLOCK * Tile::STRIDE * 16;
 constexpr int OWN_TILES = SLOPES ? 2 : 1;  // p alone needs no v
-constexpr int STAGE_BYTES = 2 * BLOCK_BYTES + (KEYS ? BLOCK * 8 : 0);  // KEYS: and the statistics of the queries
+using Passing = Walk<T, Tile, D, OWN, OWN_TILES, BLOCK, STAGES, THREADS, KEYS, CAUSAL>;
 
 // 16 owned rows, one step of D, as a left operand
 __device__ __forceinline__ void read_left(unsigned (&r)[4], const char* tile, int row, int step) {
@@ -125,38 +124,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const T* __restrict__ b2, const float* __restrict__ stats, int group, int sq, int sk, int row1,
                     int row2, float scale) {
   SHARED_MEMORY(shared);
-  const int own_rows = KEYS ? sk : sq, other_rows = KEYS ? sq : sk;
-  const int blocks = (own_rows + OWN - 1) / OWN, index = blockIdx.x % blocks, head = blockIdx.x / blocks;
-  const int own0 = (CAUSAL && !KEYS ? blocks - 1 - index : index) * OWN;  // causal: the longest first
-  const int ahead = sk - sq;  // the last key that query 0 sees
-  a1 += ((long long)head * own_rows + own0) * D, a2 += ((long long)head * own_rows + own0) * D;
-
-  int first = 0, end = (other_rows + BLOCK - 1) / BLOCK;  // blocks of passing rows that matter
-  if (CAUSAL && KEYS) first = max(own0 - ahead, 0) / BLOCK;
-  if (CAUSAL && !KEYS) end = min(end, max(own0 + OWN + ahead + BLOCK - 1, 0) / BLOCK);
-  const int each = max(end - first, 0), total = KEYS ? each * group : each;
-
-  char *own1 = shared, *own2 = shared + OWN_BYTES;
-  auto stage = [&](int step) { return shared + OWN_TILES * OWN_BYTES + step % STAGES * STAGE_BYTES; };
-  auto fetch = [&](int step) {
-    if (step < total) {
-      const long long other = KEYS ? (long long)head * group + step / each : head / group;
-      const int row = (first + (KEYS ? step % each : step)) * BLOCK;
-      copy_tile<Tile, BLOCK, D, 16, THREADS>(stage(step), b1 + other * other_rows * D, D, row, 0, other_rows, D);
-      copy_tile<Tile, BLOCK, D, 16, THREADS>(stage(step) + BLOCK_BYTES, b2 + other * other_rows * D, D, row, 0,
-                                             other_rows, D);
-      if (KEYS && threadIdx.x < BLOCK) {
-        const bool inside = row + (int)threadIdx.x < other_rows;
-        const float* source = stats + 2 * (other * other_rows + row + (int)threadIdx.x);
-        copy_async<8>(stage(step) + 2 * BLOCK_BYTES + threadIdx.x * 8, inside ? source : stats, inside);
-      }
-    }
-    copy_commit();
-  };
-  copy_tile<Tile, OWN, D, 16, THREADS>(own1, a1, D, 0, 0, own_rows - own0, D);  // in the first group
-  if (SLOPES) copy_tile<Tile, OWN, D, 16, THREADS>(own2, a2, D, 0, 0, own_rows - own0, D);
-#pragma unroll
-  for (int step = 0; step < STAGES - 1; step++) fetch(step);
+  const Passing walk(b1, b2, stats, shared, group, sq, sk);
+  const int own_rows = walk.own_rows, other_rows = walk.other_rows, head = walk.head, own0 = walk.own0;
+  const int ahead = walk.ahead;
+  walk.begin(a1, a2);
 
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = threadIdx.x / 32 * 16;
   float level[2] = {}, mean[2] = {};  // of queries g and g + 8, if they are owned
@@ -170,15 +141,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   float sum1[COLS][4] = {}, sum2[COLS][4] = {};  // one that is not made takes no registers
 
-  for (int step = 0; step < total; step++) {
+  for (int step = 0; step < walk.total; step++) {
     copy_wait<STAGES - 2>();
     __syncthreads();
-    fetch(step + STAGES - 1);
-    const char *tile1 = stage(step), *tile2 = tile1 + BLOCK_BYTES;
-    const float* pairs = reinterpret_cast<const float*>(tile2 + BLOCK_BYTES);
-    const int other0 = (first + (KEYS ? step % each : step)) * BLOCK;
+    walk.fetch(step + STAGES - 1);
+    const char *tile1 = walk.stage(step), *tile2 = tile1 + Passing::BLOCK_BYTES;
+    const float* pairs = reinterpret_cast<const float*>(tile2 + Passing::BLOCK_BYTES);
+    const int other0 = walk.row(step);
     float w[TILES][4] = {};
-    multiply_rows(w, own1, row, tile1);
+    multiply_rows(w, walk.own1, row, tile1);
 #pragma unroll
     for (int j = 0; j < TILES; j++)
 #pragma unroll
@@ -200,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (WEIGHTS) add_product(sum2, w, tile2);
     if (!SLOPES) continue;
     float slope[TILES][4] = {};
-    multiply_rows(slope, own2, row, tile2);
+    multiply_rows(slope, walk.own2, row, tile2);
 #pragma unroll
     for (int j = 0; j < TILES; j++)
 #pragma unroll
@@ -213,9 +184,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
   const int rows = own_rows - own0;
   if (SLOPES)
-    write_rows(out + ((long long)row1 + (long long)head * own_rows + own0) * D, own1, sum1, scale / LOG2E, row, rows);
+    write_rows(out + ((long long)row1 + (long long)head * own_rows + own0) * D, walk.own1, sum1, scale / LOG2E, row, rows);
   if (WEIGHTS)
-    write_rows(out + ((long long)row2 + (long long)head * own_rows + own0) * D, SLOPES ? own2 : own1, sum2, 1.0f, row,
+    write_rows(out + ((long long)row2 + (long long)head * own_rows + own0) * D, SLOPES ? walk.own2 : walk.own1, sum2, 1.0f, row,
                rows);
 }
 #endif

@@ -4,7 +4,7 @@
 // A warp is 4 x 8 lanes and owns 16 rows. Each lane has MINE of them (every fourth) and, of those, every eighth
 // passing row's weight and every eighth 16-byte chunk of the sums; the eight lanes of a row exchange weights by
 // shuffles. Macros: those of cupy.cu; BLOCK may be 8.
-#include "rooftune.cuh"
+#include "backward.cuh"
 
 using namespace rt;
 
@@ -12,9 +12,8 @@ constexpr int D = HEAD_DIM, THREADS = 32 * NUM_WARPS, OWN = 16 * NUM_WARPS, MINE
 constexpr int CHUNKS = D / 4, SHARE = (CHUNKS + 7) / 8;  // 16-byte chunks of a row; at most so many in a lane
 constexpr bool SLOPES = SUMS & 1, WEIGHTS = SUMS & 2;    // which sums this launch makes: sum1 (of ds), sum2 (of p)
 using Tile = Rows<CHUNKS>;
-constexpr int OWN_BYTES = OWN * Tile::STRIDE * 16, BLOCK_BYTES = BLOCK * Tile::STRIDE * 16;
-constexpr int OWN_TILES = SLOPES ? 2 : 1;                             // p alone needs no v
-constexpr int STAGE_BYTES = 2 * BLOCK_BYTES + (KEYS ? BLOCK * 8 : 0);  // KEYS: and the statistics of the queries
+constexpr int OWN_TILES = SLOPES ? 2 : 1;  // p alone needs no v
+using Passing = Walk<float, Tile, D, OWN, OWN_TILES, BLOCK, STAGES, THREADS, KEYS, CAUSAL>;
 
 __device__ __forceinline__ Vec<float, 4> quad(const char* tile, int row, int chunk) {
   return load<float, 4>(reinterpret_cast<const float*>(tile + Tile::at(row, chunk)));
@@ -78,38 +77,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const float* __restrict__ b1, const float* __restrict__ b2, const float* __restrict__ stats,
                     int group, int sq, int sk, int row1, int row2, float scale) {
   SHARED_MEMORY(shared);
-  const int own_rows = KEYS ? sk : sq, other_rows = KEYS ? sq : sk;
-  const int blocks = (own_rows + OWN - 1) / OWN, index = blockIdx.x % blocks, head = blockIdx.x / blocks;
-  const int own0 = (CAUSAL && !KEYS ? blocks - 1 - index : index) * OWN;  // causal: the longest first
-  const int ahead = sk - sq;                                              // the last key that query 0 sees
-  a1 += ((long long)head * own_rows + own0) * D, a2 += ((long long)head * own_rows + own0) * D;
-
-  int first = 0, end = (other_rows + BLOCK - 1) / BLOCK;  // blocks of passing rows that matter
-  if (CAUSAL && KEYS) first = max(own0 - ahead, 0) / BLOCK;
-  if (CAUSAL && !KEYS) end = min(end, max(own0 + OWN + ahead + BLOCK - 1, 0) / BLOCK);
-  const int each = max(end - first, 0), total = KEYS ? each * group : each;
-
-  char *own1 = shared, *own2 = shared + OWN_BYTES;
-  auto stage = [&](int step) { return shared + OWN_TILES * OWN_BYTES + step % STAGES * STAGE_BYTES; };
-  auto fetch = [&](int step) {
-    if (step < total) {
-      const long long other = KEYS ? (long long)head * group + step / each : head / group;
-      const int row = (first + (KEYS ? step % each : step)) * BLOCK;
-      copy_tile<Tile, BLOCK, D, 16, THREADS>(stage(step), b1 + other * other_rows * D, D, row, 0, other_rows, D);
-      copy_tile<Tile, BLOCK, D, 16, THREADS>(stage(step) + BLOCK_BYTES, b2 + other * other_rows * D, D, row, 0,
-                                             other_rows, D);
-      if (KEYS && threadIdx.x < BLOCK) {
-        const bool inside = row + (int)threadIdx.x < other_rows;
-        const float* source = stats + 2 * (other * other_rows + row + (int)threadIdx.x);
-        copy_async<8>(stage(step) + 2 * BLOCK_BYTES + threadIdx.x * 8, inside ? source : stats, inside);
-      }
-    }
-    copy_commit();
-  };
-  copy_tile<Tile, OWN, D, 16, THREADS>(own1, a1, D, 0, 0, own_rows - own0, D);  // in the first group
-  if (SLOPES) copy_tile<Tile, OWN, D, 16, THREADS>(own2, a2, D, 0, 0, own_rows - own0, D);
-#pragma unroll
-  for (int step = 0; step < STAGES - 1; step++) fetch(step);
+  const Passing walk(b1, b2, stats, shared, group, sq, sk);
+  const int own_rows = walk.own_rows, other_rows = walk.other_rows, head = walk.head, own0 = walk.own0;
+  const int ahead = walk.ahead;
+  walk.begin(a1, a2);
 
   const int lane = threadIdx.x % 32, x = lane % 8, row = threadIdx.x / 32 * 16 + lane / 8;  // then every 4th
   float level[MINE] = {}, mean[MINE] = {};  // of the queries, if they are owned
@@ -123,15 +94,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   float sum1[MINE][SHARE][4] = {}, sum2[MINE][SHARE][4] = {};  // one that is not made takes no registers
 
-  for (int step = 0; step < total; step++) {
+  for (int step = 0; step < walk.total; step++) {
     copy_wait<STAGES - 2>();
     __syncthreads();
-    fetch(step + STAGES - 1);
-    const char *tile1 = stage(step), *tile2 = tile1 + BLOCK_BYTES;
-    const float* pairs = reinterpret_cast<const float*>(tile2 + BLOCK_BYTES);
-    const int other0 = (first + (KEYS ? step % each : step)) * BLOCK;
+    walk.fetch(step + STAGES - 1);
+    const char *tile1 = walk.stage(step), *tile2 = tile1 + Passing::BLOCK_BYTES;
+    const float* pairs = reinterpret_cast<const float*>(tile2 + Passing::BLOCK_BYTES);
+    const int other0 = walk.row(step);
     float w[MINE][PASSING] = {};
-    multiply_rows(w, own1, row, tile1, x);
+    multiply_rows(w, walk.own1, row, tile1, x);
 #pragma unroll
     for (int i = 0; i < MINE; i++)
 #pragma unroll
@@ -145,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (WEIGHTS) add_product(sum2, w, tile2, lane);
     if (!SLOPES) continue;
     float slope[MINE][PASSING] = {};
-    multiply_rows(slope, own2, row, tile2, x);
+    multiply_rows(slope, walk.own2, row, tile2, x);
 #pragma unroll
     for (int i = 0; i < MINE; i++)
 #pragma unroll
