@@ -83,37 +83,40 @@ class Session:
 
         ROOFTUNE_CEILINGS names a stored run of this device whose ceilings are taken instead; the run file says so.
         """
-        if self._ceilings is None and (earlier := os.environ.get("ROOFTUNE_CEILINGS")):
-            self._ceilings = self._stored(store.resolve(earlier))
-            self.log.append({"kind": "ceilings", "schema": SCHEMA, "run": self.run, "ceilings": self._ceilings})
         if self._ceilings is None:
-            self.say("measuring this device's ceilings: copy bandwidth and matrix rates")
-            kind = self.device.kind
-            try:
-                with self.lab.exclusive():
-                    self._ceilings = self.lab.call("rooftune.probe:ceilings", device_kind=kind, threads=self.threads)
-            except WorkerDied as death:
-                hint = "; install torch (make setup)" if "No module" in str(death) else ""
-                raise Unavailable(f"the ceilings cannot be measured: {death}{hint}") from death
-            assert self._ceilings is not None
-            self.log.append({"kind": "ceilings", "schema": SCHEMA, "run": self.run, "ceilings": self._ceilings})
+            earlier = os.environ.get("ROOFTUNE_CEILINGS")
+            found = self._stored(store.resolve(earlier)) if earlier else self._measured()
+            self.log.append({"kind": "ceilings", "schema": SCHEMA, "run": self.run, "ceilings": found})
+            self._ceilings = found
         return self._ceilings
+
+    def _measured(self) -> dict[str, Any]:
+        self.say("measuring this device's ceilings: copy bandwidth and matrix rates")
+        kind = self.device.kind
+        try:
+            with self.lab.exclusive():
+                found: dict[str, Any] = self.lab.call("rooftune.probe:ceilings", device_kind=kind, threads=self.threads)
+        except WorkerDied as death:
+            hint = "; install torch (make setup)" if "No module" in str(death) else ""
+            raise Unavailable(f"the ceilings cannot be measured: {death}{hint}") from death
+        return found
 
     def _stored(self, path: Path) -> dict[str, Any]:
         """The ceilings of a run, if it was at this device with as many threads."""
         owner: Any = None
-        found: Any = None
+        found: dict[str, Any] | None = None
         for line in store.Log(path).read()[0]:
             if line.get("kind") == "session":
                 owner = device.identity(line.get("device") or {})
-            elif line.get("kind") == "ceilings" and line["ceilings"].get("threads") in (None, self.threads):
-                found = line["ceilings"]
-        if found is None or owner != self.about["identity"]:
+            ceilings = line.get("ceilings") if owner == self.about["identity"] else None
+            if isinstance(ceilings, dict) and ceilings.get("threads") in (None, self.threads):
+                found = ceilings
+        if found is None:
             raise UsageError(
                 f"ROOFTUNE_CEILINGS={path}: no ceilings of {self.device.name} with {self.threads} threads there; "
                 "unset it to measure them"
             )
-        return dict(found) | {"from": path.stem}
+        return found | {"from": path.stem}
 
     def know(self, ceilings: dict[str, Any]) -> None:
         """Ceilings that an earlier sitting at this device measured: they are not measured again."""
