@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -145,36 +145,6 @@ def prepare(
             groups.setdefault(entrant.impl.key, []).append(entrant)
     with ThreadPoolExecutor(_at_once(lab)) as pool:
         list(pool.map(work, groups.values()))
-
-
-def warm_up(
-    lab: Lab,
-    problems: Sequence[Problem],
-    impls: Mapping[str, Sequence[Impl]],
-    options: Options,
-    seen: set[Any],
-    event: Event,
-) -> None:
-    """Build and check the competitors of several problems once, some operators at a time; nothing is timed.
-
-    Their workers then have the kernels compiled when the races come, which otherwise leave the other cores idle while
-    one competitor compiles. A failure is left to the race to report.
-
-    Args:
-        impls: competitors of each operator.
-        seen: as `prepare`; shared with the races that follow.
-    """
-
-    def work(op: str) -> None:
-        for problem in (p for p in problems if p.op == op):
-            ready = [e for e in entrants(lab, problem, impls[op], event) if e.status == Status.OK]
-            prepare(lab, problem, ready, options, seen, event)
-            for entrant in ready:
-                if entrant.handle is not None:
-                    lab.release(entrant.impl, entrant.handle)
-
-    with ThreadPoolExecutor(_at_once(lab)) as pool:
-        list(pool.map(work, dict.fromkeys(p.op for p in problems)))
 
 
 def _at_once(lab: Lab) -> int:

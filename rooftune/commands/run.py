@@ -42,7 +42,7 @@ def run(chosen: argparse.Namespace) -> ExitCode:
             every = [impl for impls in field.values() for impl in impls]
             extra = common.tuned_entrants(session, problems, every)
             goals = catalogue.goals(chosen.suite, problems, kind)
-            measure(session, problems, field, timing, console, extra, records, goals=goals)
+            measure(session, problems, field, timing, console, extra, records, goals)
         if chosen.evidence != "none":
             proofs = prove(session, field, common.precisions(chosen), timing.seed, chosen.evidence == "full")
             records += proofs
@@ -62,19 +62,18 @@ def measure(
     console: Any,
     extra: dict[Problem, list[race.Entrant]] | None = None,
     records: list[Record] | None = None,
-    seen: set[Any] | None = None,
     goals: Mapping[Problem, float] | None = None,
 ) -> list[Record]:
     """Race the problems one after another; records are stored and shown as soon as a problem is done.
 
-    `records` is extended as they come, so that an interrupt leaves the caller what there is. `seen`: who passed the
-    thorough check already, as `race.prepare`. `goals`: the ratio to torch that a suite asks for.
+    `records` is extended as they come, so that an interrupt leaves the caller what there is. `goals`: the ratio
+    to torch that a suite asks for.
     """
     from rooftune.results import report
 
     ceilings = session.ceilings
     records = [] if records is None else records
-    seen = set() if seen is None else seen
+    seen: set[Any] = set()
     absent = [i for impls in field.values() for i in impls if session.device.kind not in i.devices]
     standing = {key: str(found) for key, found in evidence.on_record(absent).items()}
     started = time.monotonic()

@@ -48,9 +48,7 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
             field = {op: [i for i in impls if not i.per_shape] for op, impls in field.items()}
             console.print("left out here, as it compiles for each problem: torch_compile; `run` races it", style="dim")
         extra = common.tuned_entrants(session, problems)
-        timing, seen = race.Options(rounds=8, seed=seed), set[Any]()
-        race.warm_up(session.lab, problems, field, timing, seen, lambda kind, text: session.say(f"{kind} {text}"))
-        records = measure(session, problems, field, timing, console, extra, seen=seen)
+        records = measure(session, problems, field, race.Options(rounds=8, seed=seed), console, extra)
 
         headline("2  A tuned winner", "python bench.py tune gemm --budget 200")
         tuned_line = _tune(session, kind, TUNE_S, console)
@@ -61,9 +59,9 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
 
         proofs: list[Record] = []
         headline("4  Competitors whose device is not here", "python bench.py run --evidence full")
-        console.print(f"for {' and '.join(PROVEN)} in bf16 here; `run` compiles for more", style="dim", markup=False)
         absent = {op: [i for i in impls if kind not in i.devices] for op, impls in field.items()}
         if any(absent.values()):
+            console.print(f"bf16, for {PROVEN[0]} alone; `run` compiles for more", style="dim", markup=False)
             proofs = prove(session, absent, ("bf16",), seed, thorough=False, archs=PROVEN)
             session.clear()
             report.evidence_table(proofs, console)

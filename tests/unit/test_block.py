@@ -16,13 +16,6 @@ torch = pytest.importorskip("torch", reason="the layer runs on torch tensors")
 CASES = [(m, "prefill") for m in block.MODELS] + [(m.name, "decode") for m in block.MODELS.values() if m.decodes]
 
 
-@pytest.fixture(autouse=True)
-def _grad():
-    """The worker switches gradients off for its process; here that is ours."""
-    yield
-    torch.set_grad_enabled(True)
-
-
 def tiny(model="gpt2", phase="prefill", precision="fp32", seq=19, batch=2):
     return block.shape(model, phase, precision, "cpu", batch, seq, 64 if model == "llama3-8b" else 12)
 

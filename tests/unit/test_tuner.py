@@ -392,8 +392,7 @@ def test_a_users_file_is_tuned_for_real(tmp_path: Path, lab: Lab) -> None:
     problem = registry.problem("softmax[m=16,n=64,fp32]")
     table = Table(tmp_path / "tuned.json")
     result = tune(lab, registry.user_impl(path), problem, "9", search_name="local", table=table)
-    assert result.measured == 4
-    assert result.failures == {"wrong": 1, "failed(crash)": 1}
+    assert (result.measured, result.failures) == (4, {"wrong": 1, "failed(crash)": 1})
     assert result.better, result.reason
     assert result.config == {"naps": 0, "mode": "right"}
     assert result.speedup is not None
