@@ -263,7 +263,8 @@ def test_a_damaged_baseline_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_committed_baseline_is_read_and_a_doctored_copy_of_it_fails(tmp_path: Path) -> None:
-    committed = store.REFERENCE / "static.jsonl"
+    committed = store.REFERENCE / "static" / "defaults.jsonl"
+    assert committed not in store.list_runs(store.REFERENCE)  # it is no run, and no run's name is its
     rows = static.load(committed)
     assert {r["arch"] for r in rows} == set(ARCHITECTURES)
     assert {r["impl"].partition("/")[0] for r in rows} == set(registry.op_names())
