@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
 from rooftune.kernels.attention import without_lse
-from rooftune.kernels.common.numba import I32, ITEM, LINE, LOG2E, Emit, State, Value, intrinsic, jit, threads
+from rooftune.kernels.common.numba import I32, ITEM, LINE, LOG2E, Emit, State, Value, intrinsic, threads
 from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, vector_width
 from rooftune.kernels.common.numba_dot import round_pairs
+from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
 from rooftune.kernels.common.numba_tile import Format, pack, tile, touch, transpose
 
 DEVICES = ("cpu",)
@@ -51,6 +52,7 @@ SPACE = Space(
     where=(lambda config, problem: config["multiply"] == "widen" or problem.precision in dot_formats(),),
     default=_default,
 )
+ARGUMENTS = (*("int64",) * 14, "float32", "int64")
 RESCALE = 8.0  # a maximum may be exceeded by 2^8 before earlier sums are scaled down to a new one
 
 
@@ -226,70 +228,69 @@ def end(queries: int, dtype: str) -> Any:
 
 
 @cache
-def compiled(dtype: str, rows: int, queries: int, dot: bool) -> Any:
-    """Numba function of addresses (q, k, v, out, scratch), sizes, the factor of the scores, and slots."""
+def compiled(dtype: str, rows: int, queries: int, dot: bool) -> Job:
+    """A slot: its tasks one after the other, in its own part of the scratch memory."""
     form, item = Format(dtype, 2 if dot else 1), ITEM[dtype]
     panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
     pack_q, pack_k, pack_v = pack(form, queries, True), pack(form, panel, True), pack(form, panel, False)
     start, finish, softmax = begin(queries), end(queries, dtype), soften(queries, 5 if dtype == "fp32" else 4, dot)
     multiply, fetch, steps = tile(form, rows, queries, panel), touch(), form.steps
+    arguments = arguments_of(*ARGUMENTS)
 
-    @jit("void(" + ", ".join(["int64"] * 14) + ", float32, int64)")
-    def attention(  # type: ignore[no-untyped-def]
-        q, k, v, out, scratch, size, heads, group, sq, sk, d, causal, block, tiles, factor, slots
-    ):
+    @job
+    def attention(given, slot):  # type: ignore[no-untyped-def]
+        q, k, v, out, scratch, size, heads, group, sq, sk, d, causal, block, tiles, factor, slots = arguments(given)
         every = (sq + queries - 1) // queries
         parts = (every + tiles - 1) // tiles
         columns, tall = (d + panel - 1) // panel * panel, (block + panel - 1) // panel * panel
         words = (d + steps - 1) // steps
         each = (words + columns + 2) * queries * 4
-        for slot in prange(slots):
-            own = scratch + slot * size
-            scores = own + tiles * each
-            k_pack = scores + tall * queries * 4
-            v_pack = k_pack + tall * words * 4
-            for task in range(slot, heads * parts, slots):
-                head, part = task // parts, task % parts
-                if head % 2:  # causal parts differ in work: no slot gets the long ones of every head
-                    part = parts - 1 - part
-                begin_tile = part * tiles
-                end_tile = min(begin_tile + tiles, every)
+        own = scratch + slot * size
+        scores = own + tiles * each
+        k_pack = scores + tall * queries * 4
+        v_pack = k_pack + tall * words * 4
+        for task in range(slot, heads * parts, slots):
+            head, part = task // parts, task % parts
+            if head % 2:  # causal parts differ in work: no slot gets the long ones of every head
+                part = parts - 1 - part
+            begin_tile = part * tiles
+            end_tile = min(begin_tile + tiles, every)
+            for t in range(begin_tile, end_tile):
+                first, packed = t * queries, own + (t - begin_tile) * each
+                pack_q(q + (head * sq + first) * d * item, packed, min(queries, sq - first), d, d)
+                start(packed + words * queries * 4, d * queries)
+            stop = max(0, min(sk, min(end_tile * queries, sq) + sk - sq)) if causal else sk
+            for key in range(0, stop, block):
+                keys = min(block, stop - key)
+                deep = (keys + steps - 1) // steps
+                here = (head // group * sk + key) * d * item
+                for r in range(0, keys, panel):
+                    pack_k(k + here + r * d * item, k_pack + r * words * 4, min(panel, keys - r), d, d)
+                for c in range(0, columns, panel):
+                    pack_v(v + here + c * item, v_pack + c * deep * 4, min(panel, d - c), d, keys)
+                ahead = block * d * item if key + block < stop else 0
+                share = (ahead // (end_tile - begin_tile) + LINE - 1) // LINE * LINE
                 for t in range(begin_tile, end_tile):
-                    first, packed = t * queries, own + (t - begin_tile) * each
-                    pack_q(q + (head * sq + first) * d * item, packed, min(queries, sq - first), d, d)
-                    start(packed + words * queries * 4, d * queries)
-                stop = max(0, min(sk, min(end_tile * queries, sq) + sk - sq)) if causal else sk
-                for key in range(0, stop, block):
-                    keys = min(block, stop - key)
-                    deep = (keys + steps - 1) // steps
-                    here = (head // group * sk + key) * d * item
-                    for r in range(0, keys, panel):
-                        pack_k(k + here + r * d * item, k_pack + r * words * 4, min(panel, keys - r), d, d)
-                    for c in range(0, columns, panel):
-                        pack_v(v + here + c * item, v_pack + c * deep * 4, min(panel, d - c), d, keys)
-                    ahead = block * d * item if key + block < stop else 0
-                    share = (ahead // (end_tile - begin_tile) + LINE - 1) // LINE * LINE
-                    for t in range(begin_tile, end_tile):
-                        fetch(k + here + ahead + (t - begin_tile) * share, share)
-                        fetch(v + here + ahead + (t - begin_tile) * share, share)
-                        first = t * queries
-                        limit = first + sk - sq - key if causal else keys  # the last key that lane 0 sees
-                        last = limit + min(queries, sq - first) - 1 if causal else keys
-                        seen = min(keys, last + 1)
-                        if seen > 0:
-                            packed = own + (t - begin_tile) * each
-                            sums = packed + words * queries * 4
-                            for r in range(0, seen, rows):
-                                left = k_pack + (r // panel * panel * words + r % panel) * 4
-                                multiply(left, packed, scores + r * queries * 4, words, 0)
-                            softmax(scores, seen, sums, d, limit, last, factor)
-                            for c in range(0, d, rows):
-                                left = v_pack + (c // panel * panel * deep + c % panel) * 4
-                                multiply(left, scores, sums + (c + 2) * queries * 4, (seen + steps - 1) // steps, 1)
-                for t in range(begin_tile, end_tile):
+                    fetch(k + here + ahead + (t - begin_tile) * share, share)
+                    fetch(v + here + ahead + (t - begin_tile) * share, share)
                     first = t * queries
-                    sums = own + (t - begin_tile) * each + words * queries * 4
-                    finish(sums, d, out + (head * sq + first) * d * item, min(queries, sq - first))
+                    limit = first + sk - sq - key if causal else keys  # the last key that lane 0 sees
+                    last = limit + min(queries, sq - first) - 1 if causal else keys
+                    seen = min(keys, last + 1)
+                    if seen > 0:
+                        packed = own + (t - begin_tile) * each
+                        sums = packed + words * queries * 4
+                        for r in range(0, seen, rows):
+                            left = k_pack + (r // panel * panel * words + r % panel) * 4
+                            multiply(left, packed, scores + r * queries * 4, words, 0)
+                        softmax(scores, seen, sums, d, limit, last, factor)
+                        for c in range(0, d, rows):
+                            left = v_pack + (c // panel * panel * deep + c % panel) * 4
+                            multiply(left, scores, sums + (c + 2) * queries * 4, (seen + steps - 1) // steps, 1)
+            for t in range(begin_tile, end_tile):
+                first = t * queries
+                sums = own + (t - begin_tile) * each + words * queries * 4
+                finish(sums, d, out + (head * sq + first) * d * item, min(queries, sq - first))
 
     return attention
 
@@ -310,7 +311,7 @@ def build(problem: Problem, config: Config) -> Run:
         heads, group, sq = heads // group, 1, sq * group
     rows, queries = (int(side) for side in config["tile"].split("x"))
     dot = config["multiply"] == "dot"
-    kernel, steps = compiled(problem.precision, rows, queries, dot), 2 if dot else 1
+    steps = 2 if dot else 1
     block, every = min(config["block_k"], sk), -(-sq // queries)
     tiles = min(config["query_tiles"], -(-every // -(-threads() // heads)))
     columns, tall = (-(-size // rows) * rows + vector_width() for size in (d, block))  # padded panels fit
@@ -320,6 +321,7 @@ def build(problem: Problem, config: Config) -> Run:
     slots = min(heads * -(-every // tiles), threads())
     scratch = torch.empty(slots * size // 4, dtype=torch.float32)
     factor = LOG2E / math.sqrt(d)
+    kernel = parallel(ARGUMENTS, (compiled(problem.precision, rows, queries, dot), slots))
 
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
         kernel(

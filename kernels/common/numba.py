@@ -45,11 +45,6 @@ def threads() -> int:
     return int(numba.get_num_threads())
 
 
-def jit(signature: str) -> Any:
-    """Compile now, for this signature only, with parallel loops and without Python's lock."""
-    return numba.njit(signature, parallel=True, nogil=True, error_model="numpy", boundscheck=False)
-
-
 def intrinsic(signature: Sequence[Any], emit: Callable[..., Value | None], returns: Any = types.void) -> Any:
     """A Numba function of these argument types whose body is written by emit(Emit, *arguments)."""
     names = [f"a{i}" for i in range(len(signature))]

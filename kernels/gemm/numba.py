@@ -6,14 +6,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from numba import prange
 
 from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import ITEM, LINE, jit, threads
+from rooftune.kernels.common.numba import ITEM, LINE, threads
 from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, vector_width
 from rooftune.kernels.common.numba_epilogue import column_sums, finish
+from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
 from rooftune.kernels.common.numba_thin import columns_at_once, dots
 from rooftune.kernels.common.numba_tile import Format, format_of, pack, tile, touch
 
@@ -27,6 +27,10 @@ TILES = {  # rows x columns of the register tile, by lanes of a vector; the firs
 }
 FEW = 64  # rows of a up to which b is not packed: 1.25x torch instead of 0.84x at 32, 1.12x instead of 0.96x at 64
 NEAR = 4 << 20  # bytes of all operands as fp32 up to which prefetching costs more than it saves
+# of a job: addresses of a, b, bias, out, packed a, packed b, correction, sums; m, n, k, height, depth, split, room,
+# slots
+ARGUMENTS = ("int64",) * 16
+THIN_ARGUMENTS = ("int64",) * 12  # addresses of a, b, bias, out, packed a, packed b, sums; m, n, k, depth, parts
 SWEEP = 32  # words of k packed at a time where k is not contiguous
 
 
@@ -73,165 +77,189 @@ SPACE = Space(
 
 
 @cache
-def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: int, unroll: int, ahead: bool) -> Any:
-    """Numba function of addresses (a, b, bias, out, packed a, packed b, correction, sums) and sizes.
+def packing(form: Format, columns: int, b_along_k: bool) -> Job:
+    """Panels of b: one a task where b lies along k. Otherwise some rows of all: whole lines of memory, whose pages
+    are few enough for the TLB."""
+    pack_b, arguments = pack(form, columns, b_along_k), arguments_of(*ARGUMENTS)
+    item, steps, sweep = ITEM[form.dtype], form.steps, SWEEP * form.steps
+
+    @job
+    def panels(given, task):  # type: ignore[no-untyped-def]
+        _, b, _, _, _, b_pack, _, _, _, n, k, _, _, _, _, _ = arguments(given)
+        words = (k + steps - 1) // steps
+        if b_along_k:
+            first = task * columns
+            pack_b(b + first * k * item, b_pack + first * words * 4, min(columns, n - first), k, k)
+        else:
+            some, source = min(sweep, k - task * sweep), b + task * sweep * n * item
+            target = b_pack + task * SWEEP * columns * 4
+            for j in range((n + columns - 1) // columns):
+                first = j * columns
+                pack_b(source + first * item, target + first * words * 4, min(columns, n - first), n, some)
+
+    return panels
+
+
+@cache
+def correcting(form: Format, columns: int) -> Job:
+    """Column sums of a panel of packed b, by which products with a + 128 are too large."""
+    sum_columns, arguments, steps = column_sums(columns), arguments_of(*ARGUMENTS), form.steps
+
+    @job
+    def panel(given, task):  # type: ignore[no-untyped-def]
+        _, _, _, _, _, b_pack, correction, _, _, _, k, _, _, _, _, _ = arguments(given)
+        words = (k + steps - 1) // steps
+        sum_columns(b_pack + task * columns * words * 4, words, correction + task * columns * 4)
+
+    return panel
+
+
+@cache
+def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: int, unroll: int, ahead: bool) -> Job:
+    """A slot: its tasks one after the other, in the same memory, so that packed panels of a never leave the L2 cache.
 
     `height`: panels of a in a task, `depth`: words of k in a block, `split`: tasks that share these panels,
-    `room`: register tiles of sums that a slot keeps; a slot does its tasks one after the other, in the same
-    memory, so that packed panels of a never leave the L2 cache.
+    `room`: register tiles of sums that a slot keeps.
     """
-    a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
-    pack_a = pack(form, rows, a_along_k, flip=form.unsigned_a)
-    pack_b = pack(form, columns, b_along_k)
+    a_along_k = transpose[0] == "n"
+    pack_a, arguments = pack(form, rows, a_along_k, flip=form.unsigned_a), arguments_of(*ARGUMENTS)
     multiply, end = tile(form, rows, columns, unroll=unroll), finish(form, columns, epilogue)
     fetch, claim = touch(), touch(write=True)
-    sum_columns, corrected = column_sums(columns), form.unsigned_a  # not compiled where `corrected` is False
     item, steps, area = ITEM[form.dtype], form.steps, rows * columns * 4
     rows_added = rows if epilogue == "residual" else 0  # a bias is the same for all rows
     out_item = 4 if form.accumulator == "int32" else item
     sweep = SWEEP * steps
 
-    @jit("void(" + ", ".join(["int64"] * 16) + ")")
-    def product(  # type: ignore[no-untyped-def]
-        a, b, bias, out, a_pack, b_pack, correction, sums, m, n, k, height, depth, split, room, slots
-    ):
+    @job
+    def product(given, slot):  # type: ignore[no-untyped-def]
+        a, _, bias, out, a_pack, b_pack, correction, sums, m, n, k, height, depth, split, room, slots = arguments(given)
         words = (k + steps - 1) // steps
         a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
-        if b_along_k:
-            for j in prange(b_panels):
-                first = j * columns
-                pack_b(b + first * k * item, b_pack + first * words * 4, min(columns, n - first), k, k)
-        else:  # whole lines of memory, some rows at a time: their pages are few enough for the TLB
-            for s in prange((k + sweep - 1) // sweep):
-                some, source = min(sweep, k - s * sweep), b + s * sweep * n * item
-                target = b_pack + s * SWEEP * columns * 4
-                for j in range(b_panels):
-                    first = j * columns
-                    pack_b(source + first * item, target + first * words * 4, min(columns, n - first), n, some)
-        if corrected:
-            for j in prange(b_panels):
-                sum_columns(b_pack + j * columns * words * 4, words, correction + j * columns * 4)
         tasks = (a_panels + height - 1) // height * split
         line = columns * out_item + (LINE if n * out_item % LINE else 0)
-        for slot in prange(slots):
-            own, totals = a_pack + slot * height * rows * depth * 4, sums + slot * room * area
-            for task in range(slot * tasks // slots, (slot + 1) * tasks // slots):
-                begin, part = task // split * height, task % split
-                stop = min(begin + height, a_panels)
-                from_panel, to_panel = part * b_panels // split, (part + 1) * b_panels // split
-                for w in range(0, words, depth):
-                    some = min(depth, words - w)
-                    final = w + depth >= words
-                    left, wide = min(some * steps, k - w * steps), some * rows * 4  # wide: bytes of a packed panel
-                    for i in range(begin, stop):
-                        if a_along_k:
-                            source = a + (i * rows * k + w * steps) * item
-                            pack_a(source, own + (i - begin) * wide, min(rows, m - i * rows), k, left)
-                    if not a_along_k:
-                        for at in range(0, some, SWEEP):
-                            for i in range(begin, stop):
-                                source = a + ((w + at) * steps * m + i * rows) * item
-                                target = own + (i - begin) * wide + at * rows * 4
-                                pack_a(source, target, min(rows, m - i * rows), m, min(sweep, left - at * steps))
-                    share = (some * columns * 4 // (stop - begin) + LINE - 1) // LINE * LINE
-                    for j in range(from_panel, to_panel):
-                        right = b_pack + (j * words + w) * columns * 4
-                        coming = right + words * columns * 4
+        own, totals = a_pack + slot * height * rows * depth * 4, sums + slot * room * area
+        for task in range(slot * tasks // slots, (slot + 1) * tasks // slots):
+            begin, part = task // split * height, task % split
+            stop = min(begin + height, a_panels)
+            from_panel, to_panel = part * b_panels // split, (part + 1) * b_panels // split
+            for w in range(0, words, depth):
+                some = min(depth, words - w)
+                final = w + depth >= words
+                left, wide = min(some * steps, k - w * steps), some * rows * 4  # wide: bytes of a packed panel
+                for i in range(begin, stop):
+                    if a_along_k:
+                        source = a + (i * rows * k + w * steps) * item
+                        pack_a(source, own + (i - begin) * wide, min(rows, m - i * rows), k, left)
+                if not a_along_k:
+                    for at in range(0, some, SWEEP):
                         for i in range(begin, stop):
-                            number = (j - from_panel) * height + i - begin if room > 1 else 0
-                            place = totals + number * area
-                            target = out + (i * rows * n + j * columns) * out_item
-                            if ahead:
-                                fetch(coming + (i - begin) * share, share)
-                                if final:
-                                    for r in range(min(rows, m - i * rows)):
-                                        claim(target + r * n * out_item, line)
-                            multiply(own + (i - begin) * wide, right, place, some, w)
+                            source = a + ((w + at) * steps * m + i * rows) * item
+                            target = own + (i - begin) * wide + at * rows * 4
+                            pack_a(source, target, min(rows, m - i * rows), m, min(sweep, left - at * steps))
+                share = (some * columns * 4 // (stop - begin) + LINE - 1) // LINE * LINE
+                for j in range(from_panel, to_panel):
+                    right = b_pack + (j * words + w) * columns * 4
+                    coming = right + words * columns * 4
+                    for i in range(begin, stop):
+                        number = (j - from_panel) * height + i - begin if room > 1 else 0
+                        place = totals + number * area
+                        target = out + (i * rows * n + j * columns) * out_item
+                        if ahead:
+                            fetch(coming + (i - begin) * share, share)
                             if final:
-                                end(
-                                    place,
-                                    target,
-                                    n,
-                                    min(rows, m - i * rows),
-                                    min(columns, n - j * columns),
-                                    bias + (i * rows_added * n + j * columns) * item,
-                                    correction + j * columns * 4,
-                                )
+                                for r in range(min(rows, m - i * rows)):
+                                    claim(target + r * n * out_item, line)
+                        multiply(own + (i - begin) * wide, right, place, some, w)
+                        if final:
+                            end(
+                                place,
+                                target,
+                                n,
+                                min(rows, m - i * rows),
+                                min(columns, n - j * columns),
+                                bias + (i * rows_added * n + j * columns) * item,
+                                correction + j * columns * 4,
+                            )
 
     return product
 
 
 @cache
-def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, columns: int) -> Any:
-    """Numba function of addresses (a, b, bias, out, packed a, packed b, sums) and sizes: all rows of a against b
-    where it lies, each number of which is read from memory once. `parts` share the columns.
+def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, columns: int) -> tuple[Job, Job]:
+    """Packing, and one of `parts` of the columns: all rows of a against b where it lies, each number of which is
+    read from memory once.
 
     b along k: dot products of rows. Otherwise `depth` rows of b at a time, line by line, added to all sums;
     only the last panel is packed, where n does not fill it.
     """
     a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
-    fp32, group = Format("fp32", 1), columns_at_once(rows, columns)
+    fp32, group, arguments = Format("fp32", 1), columns_at_once(rows, columns), arguments_of(*THIN_ARGUMENTS)
     pack_a, pack_b = pack(form, 1 if b_along_k else rows, a_along_k), pack(form, columns, False)
     multiply, last = tile(fp32, rows, columns, direct=form.dtype), tile(fp32, rows, columns)
     inner, end = dots(form.dtype, rows, group, columns), finish(form, columns, epilogue)
     item, tall, area = ITEM[form.dtype], 1 if b_along_k else rows, rows * columns * 4
     rows_added = rows if epilogue == "residual" else 0
 
-    @jit("void(" + ", ".join(["int64"] * 12) + ")")
-    def product(a, b, bias, out, a_pack, b_pack, sums, m, n, k, depth, parts):  # type: ignore[no-untyped-def]
-        a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
-        for i in range(a_panels * (rows // tall)):
+    @job
+    def packing(given, _):  # type: ignore[no-untyped-def]
+        a, b, _, _, a_pack, b_pack, _, m, n, k, _, _ = arguments(given)
+        for i in range((m + rows - 1) // rows * (rows // tall)):
             first = min(i * tall, m - 1)
             source = a + first * (k if a_along_k else 1) * item
             pack_a(source, a_pack + i * tall * k * 4, min(tall, m - first), k if a_along_k else m, k)
-        ragged = not b_along_k and n % columns > 0
-        if ragged:
+        if not b_along_k and n % columns > 0:
             pack_b(b + n // columns * columns * item, b_pack, n % columns, n, k)
-        for part in prange(parts):
-            from_panel, to_panel = part * b_panels // parts, (part + 1) * b_panels // parts
-            own = sums + from_panel * a_panels * area
-            if b_along_k:
-                for j in range(from_panel, to_panel):
-                    width = min(columns, n - j * columns)
-                    for g in range(0, width, group):
-                        for i in range(a_panels):
-                            place = own + ((j - from_panel) * a_panels + i) * area + g * 4
-                            right = b + (j * columns + g) * k * item
-                            inner(a_pack + i * rows * k * 4, right, place, k, width - g)
-            else:
-                for w in range(0, k, depth):
-                    some = min(depth, k - w)
-                    for j in range(from_panel, to_panel):
-                        for i in range(a_panels):
-                            left = a_pack + (i * k + w) * rows * 4
-                            place = own + ((j - from_panel) * a_panels + i) * area
-                            if ragged and j == b_panels - 1:
-                                last(left, b_pack + w * columns * 4, place, some, w)
-                            else:
-                                multiply(left, b + (w * n + j * columns) * item, place, some, w, n * item)
-            for j in range(from_panel, to_panel):
-                for i in range(a_panels):
-                    end(
-                        own + ((j - from_panel) * a_panels + i) * area,
-                        out + (i * rows * n + j * columns) * item,
-                        n,
-                        min(rows, m - i * rows),
-                        min(columns, n - j * columns),
-                        bias + (i * rows_added * n + j * columns) * item,
-                        0,
-                    )
 
-    return product
+    @job
+    def product(given, part):  # type: ignore[no-untyped-def]
+        _, b, bias, out, a_pack, b_pack, sums, m, n, k, depth, parts = arguments(given)
+        a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
+        ragged = not b_along_k and n % columns > 0
+        from_panel, to_panel = part * b_panels // parts, (part + 1) * b_panels // parts
+        own = sums + from_panel * a_panels * area
+        if b_along_k:
+            for j in range(from_panel, to_panel):
+                width = min(columns, n - j * columns)
+                for g in range(0, width, group):
+                    for i in range(a_panels):
+                        place = own + ((j - from_panel) * a_panels + i) * area + g * 4
+                        right = b + (j * columns + g) * k * item
+                        inner(a_pack + i * rows * k * 4, right, place, k, width - g)
+        else:
+            for w in range(0, k, depth):
+                some = min(depth, k - w)
+                for j in range(from_panel, to_panel):
+                    for i in range(a_panels):
+                        left = a_pack + (i * k + w) * rows * 4
+                        place = own + ((j - from_panel) * a_panels + i) * area
+                        if ragged and j == b_panels - 1:
+                            last(left, b_pack + w * columns * 4, place, some, w)
+                        else:
+                            multiply(left, b + (w * n + j * columns) * item, place, some, w, n * item)
+        for j in range(from_panel, to_panel):
+            for i in range(a_panels):
+                end(
+                    own + ((j - from_panel) * a_panels + i) * area,
+                    out + (i * rows * n + j * columns) * item,
+                    n,
+                    min(rows, m - i * rows),
+                    min(columns, n - j * columns),
+                    bias + (i * rows_added * n + j * columns) * item,
+                    0,
+                )
+
+    return packing, product
 
 
 def _build_thin(problem: Problem, config: Config, rows: int, columns: int) -> Run:
     m, n, k = problem["m"], problem["n"], problem["k"]
     flags = problem.flag("transpose", "nn"), problem.flag("epilogue", "none")
-    kernel = compiled_thin(Format(problem.precision, 1), *flags, rows, columns)
     a_panels, b_panels = -(-m // rows), -(-n // columns)
     sizes = a_panels * rows * k, columns * k, a_panels * b_panels * rows * columns
     workspace = [torch.empty(size, dtype=torch.float32) for size in sizes]
     parts = min(threads(), b_panels)
+    pack_both, product = compiled_thin(Format(problem.precision, 1), *flags, rows, columns)
+    kernel = parallel(THIN_ARGUMENTS, (pack_both, 1), (product, parts))
 
     def run(out: Any, a: Any, b: Any, bias: Any = None) -> None:
         places = [space.data_ptr() for space in workspace]
@@ -255,7 +283,6 @@ def build(problem: Problem, config: Config) -> Run:
         return _build_thin(problem, config, rows, columns)
     form = format_of(problem.precision, config["multiply"] == "dot")
     flags = problem.flag("transpose", "nn"), problem.flag("epilogue", "none")
-    kernel = compiled(form, *flags, rows, columns, config["unroll"], config["prefetch"] == "next")
 
     words = -(-k // form.steps)
     a_panels, b_panels = -(-m // rows), -(-n // columns)
@@ -268,6 +295,12 @@ def build(problem: Problem, config: Config) -> Run:
     split = max(1, min(b_panels, -(-threads() // blocks)))
     slots = min(threads(), blocks * split)
     room = -(-b_panels // split) * height if words > depth else 1
+    b_along_k = flags[0][1] == "t"
+    jobs = [(packing(form, columns, b_along_k), b_panels if b_along_k else -(-words // SWEEP))]
+    if form.unsigned_a:
+        jobs.append((correcting(form, columns), b_panels))
+    product = compiled(form, *flags, rows, columns, config["unroll"], config["prefetch"] == "next")
+    kernel = parallel(ARGUMENTS, *jobs, (product, slots))
     workspace = [
         torch.empty(size, dtype=torch.int32)
         for size in (

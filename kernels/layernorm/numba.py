@@ -7,17 +7,19 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import F32, ITEM, Chunk, Emit, State, Value, intrinsic, jit, threads
+from rooftune.kernels.common.numba import F32, ITEM, Chunk, Emit, State, Value, intrinsic, threads
 from rooftune.kernels.common.numba_cpu import require
+from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
 from rooftune.kernels.layernorm import EPS
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
 LARGE = 2 << 20  # bytes of an output that leaves an L2 cache anyway: from there streaming was faster
+ARGUMENTS = ("int64",) * 7  # of a job: addresses of x, weight, bias and out; m, n, tasks
 SHORT = 512  # columns of a row whose sums across lanes take longer than its visits
 
 
@@ -101,23 +103,23 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahea
 
 
 @cache
-def compiled(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahead: bool) -> Any:
-    """Numba function (x, weight, bias, out, m, n, tasks): the rows in `tasks` equal parts."""
+def compiled(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahead: bool) -> Job:
+    """One of `tasks` equal parts of the rows."""
     several, item = row_kernel(dtype, rms, unroll, rows, stream, ahead), ITEM[dtype]
-    single = row_kernel(dtype, rms, unroll, 1, stream, ahead)
+    single, arguments = row_kernel(dtype, rms, unroll, 1, stream, ahead), arguments_of(*ARGUMENTS)
 
-    @jit("void(int64, int64, int64, int64, int64, int64, int64)")
-    def parts(x, weight, bias, out, m, n, tasks):  # type: ignore[no-untyped-def]
-        for task in prange(tasks):
-            begin, stop = task * m // tasks, (task + 1) * m // tasks
-            whole = begin + (stop - begin) // rows * rows
-            for i in range(begin, whole, rows):
-                several(x + i * n * item, weight, bias, out + i * n * item, n)
-            if rows > 1:
-                for i in range(whole, stop):
-                    single(x + i * n * item, weight, bias, out + i * n * item, n)
+    @job
+    def part(given, task):  # type: ignore[no-untyped-def]
+        x, weight, bias, out, m, n, tasks = arguments(given)
+        begin, stop = task * m // tasks, (task + 1) * m // tasks
+        whole = begin + (stop - begin) // rows * rows
+        for i in range(begin, whole, rows):
+            several(x + i * n * item, weight, bias, out + i * n * item, n)
+        if rows > 1:
+            for i in range(whole, stop):
+                single(x + i * n * item, weight, bias, out + i * n * item, n)
 
-    return parts
+    return part
 
 
 def build(problem: Problem, config: Config) -> Run:
@@ -125,8 +127,9 @@ def build(problem: Problem, config: Config) -> Run:
     require(problem.precision)
     m, n, rms = problem["m"], problem["n"], bool(problem.flag("rms"))
     streams, ahead = config["store"] == "stream", config["prefetch"] == "next"
-    kernel = compiled(problem.precision, rms, config["unroll"], config["rows"], streams, ahead)
     tasks = min(m, threads() * config["tasks_per_thread"])
+    part = compiled(problem.precision, rms, config["unroll"], config["rows"], streams, ahead)
+    kernel = parallel(ARGUMENTS, (part, tasks))
 
     def run(out: Any, x: Any, weight: Any, bias: Any = None) -> None:
         place = 0 if bias is None else bias.data_ptr()

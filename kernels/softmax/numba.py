@@ -6,16 +6,18 @@ from functools import cache
 from typing import Any
 
 import torch
-from numba import prange, types
+from numba import types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic, jit, threads
+from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic, threads
 from rooftune.kernels.common.numba_cpu import require
+from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
 LARGE = 2 << 20  # bytes of an output that leaves an L2 cache anyway: from there streaming was faster
+ARGUMENTS = ("int64",) * 6  # of a job: addresses of x, out and scratch; m, n, tasks
 SHORT = 512  # columns of a row whose sums across lanes take longer than its visits
 
 
@@ -100,23 +102,23 @@ def row_kernel(dtype: str, unroll: int, rows: int, keep: bool, stream: bool, ahe
 
 
 @cache
-def compiled(dtype: str, unroll: int, rows: int, keep: bool, stream: bool, ahead: bool) -> Any:
-    """Numba function (x, out, scratch, m, n, tasks): rows in `tasks` equal parts, `rows` of scratch each."""
+def compiled(dtype: str, unroll: int, rows: int, keep: bool, stream: bool, ahead: bool) -> Job:
+    """One of `tasks` equal parts of the rows; `rows` of scratch for each."""
     several, item = row_kernel(dtype, unroll, rows, keep, stream, ahead), ITEM[dtype]
-    single = row_kernel(dtype, unroll, 1, keep, stream, ahead)
+    single, arguments = row_kernel(dtype, unroll, 1, keep, stream, ahead), arguments_of(*ARGUMENTS)
 
-    @jit("void(int64, int64, int64, int64, int64, int64)")
-    def parts(x, out, scratch, m, n, tasks):  # type: ignore[no-untyped-def]
-        for task in prange(tasks):
-            begin, stop, own = task * m // tasks, (task + 1) * m // tasks, scratch + task * rows * n * 4
-            whole = begin + (stop - begin) // rows * rows
-            for i in range(begin, whole, rows):
-                several(x + i * n * item, out + i * n * item, own, n)
-            if rows > 1:
-                for i in range(whole, stop):
-                    single(x + i * n * item, out + i * n * item, own, n)
+    @job
+    def part(given, task):  # type: ignore[no-untyped-def]
+        x, out, scratch, m, n, tasks = arguments(given)
+        begin, stop, own = task * m // tasks, (task + 1) * m // tasks, scratch + task * rows * n * 4
+        whole = begin + (stop - begin) // rows * rows
+        for i in range(begin, whole, rows):
+            several(x + i * n * item, out + i * n * item, own, n)
+        if rows > 1:
+            for i in range(whole, stop):
+                single(x + i * n * item, out + i * n * item, own, n)
 
-    return parts
+    return part
 
 
 def build(problem: Problem, config: Config) -> Run:
@@ -125,8 +127,9 @@ def build(problem: Problem, config: Config) -> Run:
     m, n, rows = problem["m"], problem["n"], config["rows"]
     keep = config["exponentials"] == "keep"
     streams, ahead = config["store"] == "stream", config["prefetch"] == "next"
-    kernel = compiled(problem.precision, config["unroll"], rows, keep, streams, ahead)
     tasks = min(m, threads() * config["tasks_per_thread"])
+    part = compiled(problem.precision, config["unroll"], rows, keep, streams, ahead)
+    kernel = parallel(ARGUMENTS, (part, tasks))
     scratch = torch.empty(tasks * rows * n if keep else 1, dtype=torch.float32)
 
     def run(out: Any, x: Any) -> None:

@@ -44,15 +44,21 @@ THOROUGH = {  # with ragged relatives; else bf16, fp32, int8. Row kernels differ
 SMALL_SPILL = 256  # bytes stored and loaded: attention at d=128 keeps a few registers too many on sm_80
 # fp16 differs from bf16 in the type of one instruction: compiled for GEMM only (Numba-CUDA's takes 10 s, and is not)
 COMPILED = [
-    pytest.param(i, p, id=f"{i.key}-{p}", marks=[pytest.mark.slow] if i.name == "numba_cuda" and p == "fp32" else [])
+    pytest.param(
+        i,
+        p,
+        id=f"{i.key}-{p}",
+        marks=[pytest.mark.slow] if i.name == "numba_cuda" and i.op in ("gemm", "attention") else [],
+    )
     for i in GPU
     for p in i.precisions
     if (p != "fp16" or (i.op == "gemm" and i.name != "numba_cuda")) and (p == "bf16" or not i.op.endswith("_bwd"))
 ]
 WITHOUT = {("attention/numba", "lse"), ("attention/numba_cuda", "lse")}  # flags that a competitor refuses
-SLOW = {  # ten seconds or more of a compiler; the other precisions of the same kernel are not
-    ("attention/numba", "fp16"), ("attention/numba", "bf16"), ("attention/numba_cuda", "fp32"),
-    ("attention_bwd/torch", "fp32"), ("attention/triton", "fp32"), ("gemm/numba", "fp16"),
+SLOW = {  # ten seconds or more of a compiler or an emulation; the other precisions of the same kernel are not
+    ("attention/numba", "fp16"), ("attention/numba_cuda", "fp32"), ("attention/numba_cuda", "bf16"),
+    ("attention_bwd/torch", "fp32"), ("attention_bwd/torch", "bf16"), ("attention/triton", "fp32"),
+    ("gemm/cupy_wgmma", "fp16"), ("gemm/cupy_wgmma", "int8"), ("gemm/cupy_wgmma", "tf32"),
 }  # fmt: skip
 TORCH_INT8 = {"m": 144, "n": 208, "k": 96}  # torch's int8 and fp8 calls want multiples of 16
 
