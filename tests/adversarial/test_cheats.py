@@ -118,3 +118,29 @@ def test_large_outputs_are_sampled_and_still_watched_everywhere(tmp_path: Path) 
     verdict = check.check(registry.op("gemm"), problem, {}, lambda p, c: holes, seed=7)
     assert not verdict.ok
     assert "never written" in verdict.reason
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_judged_has_all_threads_and_nobody_loses_them(fails: bool) -> None:
+    """The judgement runs on one thread; a kernel that saw one only would be another than the one that is timed."""
+    import torch
+
+    threads, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+
+    def run(out: torch.Tensor, x: torch.Tensor) -> None:
+        seen.append(torch.get_num_threads())
+        if fails:
+            raise RuntimeError("no such kernel image")
+        torch.softmax(x, -1, out=out)
+
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="no such kernel image"):
+                _check(run)
+        else:
+            assert _check(run).ok
+        assert set(seen) == {3}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
