@@ -20,7 +20,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --benchmark-disable -m "not slow"
-	@echo "left to 'make test-slow': the tests marked slow (ten seconds or more each, mostly compilers); CI runs both"
+	@echo "left to 'make test-slow': the tests marked slow (ten seconds or more, or more formats and flags of the same kernels); CI runs both"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --benchmark-disable -m slow

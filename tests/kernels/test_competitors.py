@@ -42,6 +42,13 @@ THOROUGH = {  # with ragged relatives; else bf16, fp32, int8. Row kernels differ
     "attention_bwd": ("bf16",),
 }  # fmt: skip
 SMALL_SPILL = 256  # bytes stored and loaded: attention at d=128 keeps a few registers too many on sm_80
+LONG = (("gemm", "numba_cuda"), ("attention", "numba_cuda"))  # a compiler of 12 and 18 s
+
+
+def _slow(yes: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if yes else []
+
+
 # fp16 differs from bf16 in the type of one instruction: compiled for GEMM only (Numba-CUDA's takes 10 s, and is not)
 COMPILED = [
     pytest.param(
@@ -55,11 +62,14 @@ COMPILED = [
     if (p != "fp16" or (i.op == "gemm" and i.name != "numba_cuda")) and (p == "bf16" or not i.op.endswith("_bwd"))
 ]
 WITHOUT = {("attention/numba", "lse"), ("attention/numba_cuda", "lse")}  # flags that a competitor refuses
-SLOW = {  # ten seconds or more of a compiler or an emulation; the other precisions of the same kernel are not
-    ("attention/numba", "fp16"), ("attention/numba_cuda", "fp32"), ("attention/numba_cuda", "bf16"),
-    ("attention_bwd/torch", "fp32"), ("attention_bwd/torch", "bf16"), ("attention/triton", "fp32"),
-    ("gemm/cupy_wgmma", "fp16"), ("gemm/cupy_wgmma", "int8"), ("gemm/cupy_wgmma", "tf32"),
+# `make test` sees every competitor once in bf16 and in fp32, `make test-slow` the other formats and flags of the same
+# kernels, and what takes ten seconds or more of a compiler or an emulation. CI runs both.
+QUICK = ("bf16", "fp32")
+SLOW = {
+    ("attention/numba_cuda", "fp32"), ("attention/numba_cuda", "bf16"), ("attention/triton", "fp32"),
+    ("attention_bwd/torch", "fp32"), ("attention_bwd/torch", "bf16"),
 }  # fmt: skip
+OTHERS_SLOW = ("attention/numba", "gemm/numba")
 TORCH_INT8 = {"m": 144, "n": 208, "k": 96}  # torch's int8 and fp8 calls want multiples of 16
 
 
@@ -84,8 +94,8 @@ def _cases(impls: list[Impl]) -> list[object]:
                 if precision == "fp8":
                     flags = {"transpose": "nt"}
                 label = "-".join([impl.key, precision, *(f"{k}:{v}" for k, v in flags.items())])
-                slow = [pytest.mark.slow] if impl.per_shape or (impl.key, precision) in SLOW else []
-                found.append(pytest.param(impl, precision, flags, id=label, marks=slow))
+                quick = precision in QUICK and flags == variants[0] and (impl.key, precision) not in SLOW
+                found.append(pytest.param(impl, precision, flags, id=label, marks=_slow(impl.per_shape or not quick)))
     return found
 
 
@@ -109,7 +119,14 @@ def test_native_competitors_pass_the_whole_gate(lab: Lab, impl: Impl, precision:
     assert impl.per_shape or len(reply.data["error"]["cases"]) > 1
 
 
-@pytest.mark.parametrize("impl", [pytest.param(i, id=i.key) for i in NATIVE if not i.baseline and not i.per_shape])
+@pytest.mark.parametrize(
+    "impl",
+    [
+        pytest.param(i, id=i.key, marks=_slow(i.key in OTHERS_SLOW))
+        for i in NATIVE
+        if not i.baseline and not i.per_shape
+    ],
+)
 def test_other_configs_of_native_competitors_are_right_too(lab: Lab, impl: Impl) -> None:
     _need(impl)
     problem = registry.problem(Problem.make(impl.op, "fp32", VARIANTS[impl.op][0], **SIZES[impl.op]))

@@ -174,6 +174,7 @@ def known_ceilings(folder: Path) -> None:
     place.log.append({"kind": "ceilings", "schema": 1, "run": "run", "ceilings": found})
 
 
+@pytest.mark.slow
 def test_killed_resumed_and_finished(kernel, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """kill -9 after the check; the same command then does the rest, once; a third run has nothing to do."""
     file, folder = kernel(), tmp_path / "out"

@@ -87,6 +87,7 @@ def test_a_file_that_raises_on_import_stops_before_anything_is_timed(kernel) -> 
     assert "mine.py raises on import: OSError: libfoo.so not found" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_users_kernel_joins_the_race_and_json_has_its_keys(kernel) -> None:  # type: ignore[no-untyped-def]
     done = bench("run", "softmax[m=64,n=256,fp32]", "--only", "torch", "--load", str(kernel()), "--rounds", "6",
                  "--evidence", "none", "--json", ROOFTUNE_CEILINGS="")  # fmt: skip
@@ -130,6 +131,7 @@ def test_nothing_that_can_run_is_exit_code_4() -> None:
     assert done.returncode == ExitCode.NOTHING_RAN, done.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_compare_and_the_gate_answers(tmp_path: Path) -> None:
     for name in ("a", "b"):
         done = bench("run", "softmax[m=64,n=256,fp32]", "--only", "torch", "--rounds", "6", "--evidence", "none",
