@@ -66,7 +66,8 @@ def test_no_task_is_no_call(steps: tuple[Any, Any]) -> None:
 
 def test_calls_beside_each_other_keep_their_own_arguments(steps: tuple[Any, Any]) -> None:
     run = parallel(KINDS, (steps[0], 50), (steps[1], 1))
-    run(torch.zeros(50).data_ptr(), torch.zeros(1).data_ptr(), 1.0, 50)
+    x, out = torch.zeros(50), torch.zeros(1)
+    run(x.data_ptr(), out.data_ptr(), 1.0, 50)  # says which threads numba took
     if numba.threading_layer() == "workqueue":
         pytest.skip("numba's own pool of threads takes one caller at a time; there is no OpenMP here")
     results = [(torch.zeros(50), torch.zeros(1)) for _ in range(4)]
