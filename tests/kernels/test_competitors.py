@@ -55,7 +55,7 @@ COMPILED = [
         i,
         p,
         id=f"{i.key}-{p}",
-        marks=[pytest.mark.slow] if i.name == "numba_cuda" and i.op in ("gemm", "attention") else [],
+        marks=_slow((i.op, i.name) in LONG),
     )
     for i in GPU
     for p in i.precisions
