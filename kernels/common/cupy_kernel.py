@@ -38,9 +38,10 @@ class Kernel:
         return [f"-D{name}={value}" for name, value in self.macros]
 
     def key(self, *extra: str) -> str:
-        """Hash of everything a compiler's result depends on."""
+        """Hash of everything a compiler's result depends on; a header beside the source is found before ours."""
         digest = hashlib.sha256("\0".join([self.entry, *self.defines, *extra]).encode())
-        for path in (self.source, *sorted(HEADERS.iterdir())):
+        beside = (path for path in self.source.parent.iterdir() if path.suffix in (".cuh", ".hpp", ".h"))
+        for path in (self.source, *sorted(beside), *sorted(HEADERS.iterdir())):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:32]
 

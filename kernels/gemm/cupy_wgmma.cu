@@ -239,7 +239,8 @@ struct Store {
 
 // left, right: the operands; out: c, unless `raw` ([SPLIT_K,] c) is written instead. scale_a, scale_b: [1], fp8
 // only; more: bias [n] or residual [m, n], with an epilogue only; parts: [grid, TILE_ROWS, TILE_COLS], flags: [grid,
-// PER_TILE], down, with STREAM_K only. Grid: a multiple of the cluster, at most what runs at once.
+// PER_TILE], down, with STREAM_K only. `more` may not be __restrict__: then ptxas reads a residual of the whole tile
+// before the first box of it is stored, and spills (4 bytes). Grid: a multiple of the cluster, at most what runs at once.
 extern "C" __global__ void
 #if CLUSTER_SIZE > 1
 __cluster_dims__(CLUSTER_SIZE, 1, 1)
@@ -247,7 +248,7 @@ __cluster_dims__(CLUSTER_SIZE, 1, 1)
 __launch_bounds__(THREADS, 1)
 gemm_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
             const __grid_constant__ TensorMap out, Acc* __restrict__ raw, Acc* parts, unsigned* flags,
-            const float* __restrict__ scale_a, const float* __restrict__ scale_b, const Out* __restrict__ more,
+            const float* __restrict__ scale_a, const float* __restrict__ scale_b, const Out* more,
             int rows, int cols, int k) {
   SHARED_MEMORY(shared);
   const Schedule tiles(rows, cols, k);

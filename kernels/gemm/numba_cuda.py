@@ -72,12 +72,13 @@ def _fits(config: Config, problem: Problem) -> bool:
 def _default(problem: Problem) -> Config:
     """Tiles of 128x128 once they fill most of 132 multiprocessors, of 64x64 below that.
 
-    Two blocks a multiprocessor where tiles divide the sizes; the checks of ragged ones need more registers.
+    Two blocks a multiprocessor where tiles divide the sizes; the checks of ragged ones, and addresses of a residual,
+    need more registers.
     """
     m, n, k = problem["m"], problem["n"], problem["k"]
     large = ceil_div(m, 128) * ceil_div(n, 128) >= 100
     block, step = (128 if large else 64), (16 if _simt(problem) else 32)
-    exact = m % block == 0 and n % block == 0 and k % step == 0
+    exact = m % block == 0 and n % block == 0 and k % step == 0 and problem.flag("epilogue", "none") != "residual"
     warps = 8 if large else 4
     stages = 2 if _simt(problem) else 3
     return {"block_m": block, "block_n": block, "block_k": step, "num_warps": warps, "num_stages": stages,

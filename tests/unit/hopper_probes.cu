@@ -123,9 +123,9 @@ extern "C" __global__ void probe(int what, int fault, void* out, const __grid_co
       barrier_wait(fault == 1 ? at.empty + 5 : at.full, 0);
       break;
     }
-    case 7: {  // returns with a copy to its neighbour under way
+    case 7: {  // returns with a copy to itself under way (0) or to its neighbour, which has returned (1)
       Places at(shared);
-      if (i == 0) tma_load_multicast(at.a, b, at.full, 0, 0, 0, 3);
+      if (i == 0) tma_load_multicast(at.a, b, at.full, 0, 0, 0, fault ? 3 : 1 << cluster_rank());
       break;
     }
   }

@@ -148,6 +148,7 @@ cupy_host.host(kernel)(2, {what}, {fault}, None, a, a)
         (6, 1, "where no barrier was initialised"),
         (6, 2, "more than 1 arrivals in a phase"),
         (7, 0, "returned with 2 asynchronous operations under way"),
+        (7, 1, "reaches block 0, which has returned"),
     ],
 )  # fmt: skip
 def test_a_fault_that_ends_the_process_is_named(what: int, fault: int, said: str) -> None:

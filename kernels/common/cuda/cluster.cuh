@@ -19,16 +19,12 @@ __device__ __forceinline__ void cluster_store(float* p, unsigned rank, float x) 
 #else
 // On fibers, as late as the hardware may be: from the store to the next cluster barrier of its thread (complete:
 // when all threads have come to it) the place is poison, so a missing barrier shows on either side of it in every
-// order of threads. A block may be written from the time it has begun until it returns. Not modelled: a cluster
+// order of threads. A block may be written from the cluster's first barrier until it returns. Not modelled: a cluster
 // barrier does not wait for threads that have returned; here it does, and says so as a deadlock.
 namespace rt {
 namespace host {
-inline float* place_in(unsigned rank, unsigned at, unsigned by) {
-  if (rank >= pool().blocks.size()) fail("rank %u of a cluster of %zu", rank, pool().blocks.size());
-  Block& b = *pool().blocks[rank];
-  if (!b.begun) fail("thread %u stores to block %u, which has not begun", by, b.index);
-  if (!b.live) fail("thread %u stores to block %u, which has returned", by, b.index);
-  return reinterpret_cast<float*>(b.shared + at);
+inline float* place_in(unsigned rank, unsigned at) {
+  return reinterpret_cast<float*>(reached(rank).shared + at);
 }
 }  // namespace host
 
@@ -37,10 +33,10 @@ inline void cluster_barrier() {
   host::cluster_meet();
 }
 inline void cluster_store(float* p, unsigned rank, float x) {
-  const unsigned at = host::offset_of(p), by = threadIdx.x;
-  if (at % sizeof(float)) host::fail("thread %u stores 4 bytes to another block at %u", by, at);
-  std::memset(host::place_in(rank, at, by), host::POISON, sizeof(float));
-  host::fiber().remote.push_back([=] { std::memcpy(host::place_in(rank, at, by), &x, sizeof x); });
+  const unsigned at = host::offset_of(p);
+  if (at % sizeof(float)) host::fail("thread %u stores 4 bytes to another block at %u", threadIdx.x, at);
+  std::memset(host::place_in(rank, at), host::POISON, sizeof(float));
+  host::fiber().remote.push_back([=] { std::memcpy(host::place_in(rank, at), &x, sizeof x); });
 }
 
 }  // namespace rt

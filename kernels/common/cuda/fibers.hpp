@@ -125,7 +125,6 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<unsigned> waiting;  // per warp: lanes that have arrived at a collective
   unsigned threads = 0, live = 0, at_barrier = 0, index = 0, grid = 0, rank = 0;
-  bool begun = false;
   std::map<unsigned, Meeting> named;  // barriers by number
   std::shared_ptr<Hardware> hardware;
   alignas(1024) char shared[SHARED_BYTES + FENCE_BYTES];
@@ -138,6 +137,7 @@ struct Pool {
   Context scheduler;
   std::function<void()> body;
   Meeting meeting;                            // of all the cluster's threads
+  bool met = false;                           // once: only then each block knows that the others have begun
   std::vector<std::function<void()>> arrived;  // stores that take effect when that meeting is complete
   std::vector<std::function<void()>> flight;  // asynchronous operations: each takes effect when called
   long reading = 0;                           // tensor stores that may still read their shared memory
@@ -178,9 +178,21 @@ inline void cluster_meet() {
   Pool& p = pool();
   const unsigned all = block().threads * static_cast<unsigned>(p.blocks.size());
   for (auto& store : std::exchange(fiber().remote, {})) p.arrived.push_back(std::move(store));
-  if (p.meeting.arrived + 1 == all)
+  if (p.meeting.arrived + 1 == all) {
     for (auto& store : std::exchange(p.arrived, {})) store();
+    p.met = true;
+  }
   meet(p.meeting, all, "barrier.cluster", true);
+}
+// Block `rank` of the cluster, whose shared memory a thread is about to write, or to arrive at a barrier in.
+inline Block& reached(unsigned rank) {
+  Pool& p = pool();
+  const unsigned by = fiber().index;
+  if (rank >= p.blocks.size()) fail("thread %u: rank %u of a cluster of %zu", by, rank, p.blocks.size());
+  Block& b = *p.blocks[rank];
+  if (&b != &block() && !p.met) fail("thread %u reaches block %u, which may not have begun", by, b.index);
+  if (!b.live) fail("thread %u reaches block %u, which has returned", by, b.index);
+  return b;
 }
 
 // Where in this block's shared memory.
@@ -254,7 +266,6 @@ template <class Combine> void collective(const char* name, unsigned mask, void* 
 
 inline void fiber_main() {
   Block& b = block();
-  b.begun = true;
   pool().body();
   if (!fiber().remote.empty())
     fail("thread %u returns before a cluster barrier after its stores to other blocks", fiber().index);
@@ -284,7 +295,6 @@ inline void run_cluster() {
   for (auto& b : p.blocks) {
     b->live = b->threads;
     b->at_barrier = 0;
-    b->begun = false;
     b->waiting.assign(b->threads / WARP, 0);
     b->named.clear();
     b->hardware.reset();
@@ -299,6 +309,7 @@ inline void run_cluster() {
     }
   }
   p.meeting = {};
+  p.met = false;
   p.arrived.clear();
   if (p.order == Order::reverse) std::reverse(turn.begin(), turn.end());
   const auto alive = [&] { return std::any_of(p.blocks.begin(), p.blocks.end(), [](auto& b) { return b->live > 0; }); };

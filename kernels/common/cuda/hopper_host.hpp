@@ -90,8 +90,7 @@ inline void barrier_expect(Barrier* barrier, unsigned bytes) {
 }
 inline void barrier_arrive(Barrier* barrier) { host::arrive(host::block(), host::offset_of(barrier), 0, "arrive"); }
 inline void barrier_arrive_at(Barrier* barrier, unsigned rank) {
-  if (rank >= host::pool().blocks.size()) host::fail("rank %u of a cluster of %zu", rank, host::pool().blocks.size());
-  host::arrive(*host::pool().blocks[rank], host::offset_of(barrier), 0, "arrive");
+  host::arrive(host::reached(rank), host::offset_of(barrier), 0, "arrive");
 }
 inline void barrier_wait(Barrier* barrier, unsigned parity) {
   if (parity > 1) host::fail("thread %u waits for parity %u", host::fiber().index, parity);
@@ -156,7 +155,7 @@ inline unsigned check_box(const TensorMap& map, const char* shared, const char* 
 inline void load_box(char* to, const TensorMap& map, Barrier* full, int x, int y, int z, unsigned mask) {
   const unsigned target = check_box(map, to, "a tensor load"), barrier = offset_of(full);
   for (auto& b : pool().blocks)
-    if (mask >> b->rank & 1) std::memset(b->shared + target, POISON, box_bytes(map));
+    if (mask >> b->rank & 1) std::memset(reached(b->rank).shared + target, POISON, box_bytes(map));
   const size_t cluster = pool().blocks.size();
   if (mask >> cluster) fail("thread %u: mask %x for a cluster of %zu", fiber().index, mask, cluster);
   const TensorMap copy = map;

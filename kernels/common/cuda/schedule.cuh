@@ -93,6 +93,7 @@ __device__ __forceinline__ void add_part(Acc (&acc)[PARTS][SUMS], const Acc* pla
   for (int i = 0; i < PARTS; i++)
 #pragma unroll
     for (int j = 0; j < SUMS; j += 4) {
+      if (j % 32 == 0) __syncwarp();  // eight loads in flight: with all of them, loop constants spill (24 bytes)
       const Vec<Acc, 4> x = load_written<Acc, 4>(place + (i * SUMS + j) * 128 + thread * 4);
 #pragma unroll
       for (int e = 0; e < 4; e++) acc[i][j + e] += x.v[e];
