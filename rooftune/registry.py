@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rooftune import sources
 from rooftune.core import Op, Problem, UsageError, unknown
 
 KERNELS = "rooftune.kernels"
@@ -75,17 +76,8 @@ class Impl:
 
     @property
     def source_hash(self) -> str:
-        """Hash of everything the result depends on in our tree: the file, its neighbours of the same
-        stem (`cupy.cu`), the operator, and the shared building blocks."""
-        digest = hashlib.sha256()
-        shared = (
-            p for p in (self.path.parent.parent / "common").rglob("*") if p.is_file() and "__pycache__" not in p.parts
-        )
-        family = self.path.parent.glob(f"{self.path.stem}.*")
-        for path in sorted({self.path, self.path.parent / "__init__.py", *family, *shared}):
-            if path.exists():
-                digest.update(path.read_bytes())
-        return digest.hexdigest()[:16]
+        """Hash of the files it is made of, see `sources`."""
+        return sources.digest(self.path, dict(_roots()))
 
 
 def load_file(path: Path) -> ModuleType:

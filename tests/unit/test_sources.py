@@ -1,0 +1,84 @@
+"""What a competitor's source hash covers: what it is made of, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rooftune import registry, sources
+
+TREE = {
+    "common/__init__.py": "",
+    "common/used.py": "from rooftune.kernels.common import deeper\n",
+    "common/deeper.py": "ONE = 1\n",
+    "common/other.py": "TWO = 2\n",
+    "common/cuda/tile.cuh": '#pragma once\n  # include "deep.cuh"\n#include <cuda_fp16.h>\n',
+    "common/cuda/deep.cuh": "// deep\n",
+    "common/cuda/other.cuh": "// other\n",
+    "op/__init__.py": "import math\n",
+    "op/cupy.py": "def run():\n    from rooftune.kernels.common.used import deeper\n",
+    "op/cupy.cu": '#include "tile.cuh"\n#include "beside.cuh"\n',
+    "op/cupy.reduce.cu": "// a second kernel\n",
+    "op/beside.cuh": "// of this operator alone\n",
+    "op/numba.py": "import rooftune.kernels.common.other\nfrom . import helper\nfrom ..common import deeper\n",
+    "op/helper.py": "",
+}
+USED = {
+    "op/cupy.py": {
+        "common/__init__.py", "common/used.py", "common/deeper.py", "common/cuda/tile.cuh", "common/cuda/deep.cuh",
+        "op/__init__.py", "op/cupy.py", "op/cupy.cu", "op/cupy.reduce.cu", "op/beside.cuh",
+    },
+    "op/numba.py": {
+        "common/__init__.py", "common/other.py", "common/deeper.py", "op/__init__.py", "op/numba.py", "op/helper.py",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name, text in TREE.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kernel", USED)
+def test_a_hash_covers_what_a_kernel_is_made_of_and_nothing_else(root: Path, kernel: str) -> None:
+    roots = {"rooftune.kernels": root}
+    assert {str(p.relative_to(root)) for p in sources.files(root / kernel, roots)} == USED[kernel]
+    before = sources.digest(root / kernel, roots)
+    for name, text in TREE.items():
+        (root / name).write_text(text + "\n")
+        assert (sources.digest(root / kernel, roots) != before) == (name in USED[kernel]), name
+        (root / name).write_text(text)
+    assert sources.digest(root / kernel, roots) == before
+
+
+def test_kernels_of_another_package_use_ours_too(root: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs" / "op"
+    theirs.mkdir(parents=True)
+    (theirs / "mine.py").write_text("from rooftune.kernels.common import other\nfrom plugin.kernels.op import part\n")
+    (theirs / "part.py").write_text("")
+    roots = {"rooftune.kernels": root, "plugin.kernels": theirs.parent}
+    found = {p.name for p in sources.files(theirs / "mine.py", roots)}
+    assert found == {"mine.py", "part.py", "other.py", "__init__.py"}
+
+
+def test_a_file_that_is_not_python_has_a_hash(root: Path) -> None:
+    broken = root / "op" / "broken.py"
+    broken.write_text("def (:\n")
+    first = sources.digest(broken, {})
+    broken.write_text("def ):\n")
+    assert sources.digest(broken, {}) != first
+
+
+def test_every_shared_file_is_part_of_some_competitor() -> None:
+    """A shared file that no competitor reaches is dead, or is reached in a way that `sources` does not see."""
+    roots = dict(registry._roots())
+    root = roots[registry.KERNELS]
+    impls = [impl for op in registry.op_names() for impl in registry.impls(op)]
+    reached = {path for impl in impls for path in sources.files(impl.path, roots)}
+    shared = {p for p in (root / "common").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert shared <= reached, sorted(str(p.relative_to(root)) for p in shared - reached)
