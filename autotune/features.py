@@ -120,6 +120,7 @@ class Features:
         axes: those with more than one value, then the derived ones.
         at: [configs, axes], positions of values.
         given: how many of `axes` are the space's own.
+        even: rows whose sizes are all powers of two, where some are and others are not; else none.
         spread: [configs, features], for distances between configs of the start: no derived axes.
         mixed: [configs, features], for trees: all axes, and products and ratios of more sizes.
     """
@@ -128,7 +129,8 @@ class Features:
         used = [i for i, v in enumerate(values) if len(v) > 1]
         own = [Axis(index[:, i], coordinates(values[i]), len(values[i])) for i in used]
         self.given = len(own)
-        self.axes = own + self._derive([values[i] for i in used], own)
+        derived, self.even = self._derive([values[i] for i in used], own)
+        self.axes = own + derived
         self.at = np.stack([a.at for a in self.axes], axis=1) if own else np.zeros((len(index), 0), np.int64)
         self.spread = self._columns(own, len(index), SIDE)
         self.mixed = np.hstack(
@@ -143,7 +145,7 @@ class Features:
         return [np.stack([x + y, x - y], axis=1) for x, y in loose] if 2 * len(loose) <= PAIRS else []
 
     @staticmethod
-    def _derive(values: Sequence[Sequence[Any]], own: list[Axis]) -> list[Axis]:
+    def _derive(values: Sequence[Sequence[Any]], own: list[Axis]) -> tuple[list[Axis], Rows]:
         sizes = _sizes(values, own)
         powers = [np.isin(column, np.arange(64.0)) for _, column in sizes]
         found: list[Axis | None] = []
@@ -153,9 +155,9 @@ class Features:
                     found += [_derived(size_a + size_b), _derived(size_a - size_b)]
         kept = [a for a in found if a is not None][:PAIRS]
         even = np.all(powers, axis=0) if powers else np.ones(1, bool)
-        if even.any() and not even.all():
-            kept.append(Axis(even.astype(np.int64), None, 2))
-        return kept
+        if not even.any() or even.all():
+            return kept, np.zeros(0, np.int64)
+        return [*kept, Axis(even.astype(np.int64), None, 2)], np.flatnonzero(even)
 
     @staticmethod
     def _columns(axes: list[Axis], count: int, side: float) -> Array:

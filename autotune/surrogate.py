@@ -22,6 +22,7 @@ SLOW = 0.75  # quantile of log times above which they are compressed
 EXPECTED = 200  # candidates a step that a trend expects to be fast
 VOTE = 0.25  # of the forest, where the process leads
 DOUBT = 0.05  # least deviation of the forest: its trees agree too easily
+EVEN = 20  # configs with powers of two only, from which on a start looks among them
 FAILED = 0.5, 0.3  # weight of the odds that a config works; how many configs' worth of hope each starts with
 
 
@@ -154,13 +155,23 @@ def rank(merit: Array) -> Array:
     return out / max(len(merit) - 1, 1)
 
 
-def diverse(x: Array, count: int, rng: np.random.Generator, pool: int = 400) -> list[int]:
-    """A random config, then always the one farthest (city blocks) from those picked, within a random pool."""
-    drawn = rng.choice(len(x), min(pool, len(x)), replace=False)
-    picked = [int(drawn[0])]
-    gap = np.abs(x[drawn] - x[picked[0]]).sum(1)
-    while len(picked) < min(count, len(drawn)):
-        far = int(gap.argmax())
-        picked.append(int(drawn[far]))
-        gap = np.minimum(gap, np.abs(x[drawn] - x[drawn[far]]).sum(1))
+def diverse(x: Array, count: int, rng: np.random.Generator, even: Rows | None = None, pool: int = 400) -> list[int]:
+    """A random config, then always the one farthest (city blocks) from those picked, within a random pool.
+
+    The first half is picked among `even` rows, if there are enough: problems have sizes that powers of two divide, and
+    a kernel that divides them otherwise may be ten times slower whatever else it does. Few random configs are even in
+    all sizes. On seven recorded spaces it raised the mean share of the optimum after 15 of 60 evaluations by 0.02.
+    """
+    picked: list[int] = []
+    parts = [(np.arange(len(x)), count)]
+    if even is not None and len(even) >= EVEN:
+        parts.insert(0, (even, count // 2))
+    for rows, up_to in parts:
+        drawn = rng.choice(rows, min(pool, len(rows)), replace=False)
+        picked = picked or [int(drawn[0])]
+        gap = np.min([np.abs(x[drawn] - x[row]).sum(1) for row in picked], axis=0)
+        while len(picked) < up_to and gap.max() > 0:
+            far = int(gap.argmax())
+            picked.append(int(drawn[far]))
+            gap = np.minimum(gap, np.abs(x[drawn] - x[drawn[far]]).sum(1))
     return picked

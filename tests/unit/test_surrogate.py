@@ -185,6 +185,25 @@ def test_a_diverse_start_spreads() -> None:
     assert gap > np.max(chance)
 
 
+def test_half_of_a_diverse_start_has_powers_of_two_for_sizes() -> None:
+    values = [[16, 32, 48, 64, 80, 96, 112, 128], [1, 2, 3, 4], [1, 2, 3, 4], [0, 1]]
+    index = np.stack(np.meshgrid(*(np.arange(len(v)) for v in values), indexing="ij"), -1).reshape(-1, 4)
+    features = Features(values, index)
+    sizes = np.stack([np.array(v)[index[:, i]] for i, v in enumerate(values[:3])], 1)
+    assert set(features.even) == set(np.flatnonzero(((sizes & (sizes - 1)) == 0).all(1)))
+    assert len(features.even) / len(index) < 0.3  # so that by chance one or two of eight are
+    for seed in range(5):
+        picked = diverse(features.spread, 8, np.random.default_rng(seed), features.even)
+        assert len(set(picked)) == 8
+        assert set(picked[:4]) <= set(features.even)
+        assert not set(picked) <= set(features.even)
+    few = features.even[:5]  # too few to choose from: as without them
+    alike = [diverse(features.spread, 8, np.random.default_rng(1), rows).copy() for rows in (few, None)]
+    assert alike[0] == alike[1]
+    assert len(Features(values[1:], index[:32, 1:]).even) > 0
+    assert len(Features([[1, 2, 4], [0, 1]], index[:4, 2:]).even) == 0  # all are: nothing to prefer
+
+
 @pytest.mark.parametrize("judges", [[0], [1], [0, 1]])
 def test_failed_configs_make_those_like_them_less_attractive(judges: list[int]) -> None:
     features = Features(VALUES, INDEX)
