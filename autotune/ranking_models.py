@@ -154,12 +154,14 @@ def attention(
     join = 1.0 if groups <= 1 else 0.15 if config.get("pingpong") else 0.3
     both_s = max(math_s, soft_s) + join * min(math_s, soft_s)
     step_s = joined(both_s, shared_s, feed_s) + STEP_CYCLES / gpu.clock_hz / blocks
-    rows = ceil(sq, bm)
+    pack = h // problem["hkv"] if config.get("pack_gqa") else 1  # heads of q that share a tile, and its keys
+    each, heads = bm // pack, b * h // pack
+    rows = ceil(sq, each)
     shift = sk - sq if problem.flag("causal") else sk
-    keys = [ceil(max(1, min(sk, (row + 1) * bm + shift)), bn) for row in range(rows)]
-    work = sum(keys) * b * h / splits
+    keys = [ceil(max(1, min(sk, (row + 1) * each + shift)), bn) for row in range(rows)]
+    work = sum(keys) * heads / splits
     longest = ceil(max(keys), splits)
-    tiles = rows * b * h * splits
+    tiles = rows * heads * splits
     busiest = max(work / gpu.multiprocessors, longest * ceil(tiles, gpu.multiprocessors) if rows == 1 else longest)
     if not problem.flag("causal"):
         busiest = longest * ceil(tiles, gpu.multiprocessors)

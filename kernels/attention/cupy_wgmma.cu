@@ -1,13 +1,15 @@
 // o = softmax(q k^T / sqrt(D)) v with TMA and wgmma: FlashAttention-3's scheme (Shah et al., 2024), for compute
 // capability 9.0.
 //
-// Persistent blocks take BLOCK_M queries of a head, 64 a consumer warpgroup, and go through the keys BLOCK_N at
-// a time, from the diagonal down. One producer thread fills rings of k and v tiles. A consumer overlaps the
+// Persistent blocks take BLOCK_M queries of a head, or BLOCK_M / PACK queries of each of PACK heads that share keys
+// (grouped queries: few queries fill a tile), 64 a consumer warpgroup, and go through the keys BLOCK_N at a time,
+// from the diagonal down. One producer thread fills rings of k and v tiles. A consumer overlaps the
 // products with its own softmax: q k^T of the next keys is issued before the product of the last probabilities
 // with v, which then runs beside the exponentials. The probabilities stay in registers, as left operand.
 // With PINGPONG the warpgroups issue their products in turn, so that one's softmax meets another's products.
 //
-// Macros: PRECISION (fp16, bf16), HEAD_DIM, BLOCK_M, BLOCK_N, STAGES (2 or more), CAUSAL, LSE, PINGPONG.
+// Macros: PRECISION (fp16, bf16), HEAD_DIM, BLOCK_M, BLOCK_N, STAGES (2 or more), CAUSAL, LSE, PINGPONG,
+// PACK (1 or all heads of q to a head of k and v).
 #include "hopper.cuh"
 
 using namespace rt;
@@ -17,14 +19,20 @@ constexpr int D = HEAD_DIM, GROUPS = BLOCK_M / 64, THREADS = 128 * (GROUPS + 1);
 using Q = Operand<T, BLOCK_M, D, false>;
 using K = Operand<T, BLOCK_N, D, false>;
 using V = Operand<T, D, BLOCK_N, true>;
+// Row r of a tile is query r % QUERIES of its head r / QUERIES; a thread has rows r and r + 8, 16 lie side by side.
+constexpr int QUERIES = BLOCK_M / PACK, SEGMENT = QUERIES < 64 ? QUERIES : 64, NEXT = QUERIES < 16 ? 0 : 8;
+static_assert(QUERIES * PACK == BLOCK_M && QUERIES >= 8 && (64 % SEGMENT == 0 && QUERIES % SEGMENT == 0), "whole heads");
+__device__ __forceinline__ int query_of(int row) { return PACK == 1 ? row : row % QUERIES; }
+__device__ __forceinline__ int head_of(int row) { return PACK == 1 ? 0 : row / QUERIES; }
+
 constexpr int KEYS = BLOCK_N / 2, COLS = D / 2;  // scores and outputs of a thread: two rows, g and g + 8
 constexpr int V_TILES = Q::BYTES + STAGES * K::BYTES, BARRIERS = V_TILES + STAGES * V::BYTES;
 
-// A block's tiles: heads in groups whose keys and values fit into L2, within a group the longest first. Rounds
+// A block's tiles: heads (packs of them) in groups whose keys and values fit into L2, within a group the longest first. Rounds
 // alternate in direction, so that no block gets the longest tile of every round.
 struct Schedule {
   int blocks, heads, group_heads, total, round = 0;
-  int m0, head, kv_head, count;  // of the current tile: first query, head of q, of k and v, key blocks
+  int m0, head, kv_head, count;  // of the current tile: first query, first head of q, head of k and v, key blocks
 
   __device__ __forceinline__ bool advance(int q_heads, int kv_heads, int sq, int sk) {
     const int place = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
@@ -32,10 +40,10 @@ struct Schedule {
     if (tile >= total) return false;  // the last round only: then no later one has a tile
     const int group = tile / (group_heads * blocks), in_group = tile % (group_heads * blocks);
     const int width = min(group_heads, heads - group * group_heads), index = in_group / width;
-    m0 = (CAUSAL ? blocks - 1 - index : index) * BLOCK_M;
-    head = group * group_heads + in_group % width;
+    m0 = (CAUSAL ? blocks - 1 - index : index) * QUERIES;
+    head = (group * group_heads + in_group % width) * PACK;
     kv_head = head / q_heads * kv_heads + head % q_heads * kv_heads / q_heads;
-    const int seen = CAUSAL ? max(min(sk, m0 + BLOCK_M + sk - sq), 0) : sk;
+    const int seen = CAUSAL ? max(min(sk, m0 + QUERIES + sk - sq), 0) : sk;
     count = (seen + BLOCK_N - 1) / BLOCK_N;
     return true;
   }
@@ -88,14 +96,16 @@ struct Softmax {
     for (int j = 0; j < COLS; j++) o[j] *= shrink[j / 2 % 2];
   }
 
-  // What rows are multiplied by in the end; one that sees no key becomes 0. `lse`: of the head, with LSE only.
-  __device__ __forceinline__ void finish(float (&inverse)[2], float* lse, int first_row, int sq, float scale) const {
+  // What rows are multiplied by in the end; one that sees no key becomes 0. `lse`: of the first head, with LSE only.
+  __device__ __forceinline__ void finish(float (&inverse)[2], float* lse, int first, int m0, int sq,
+                                         float scale) const {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const float total = reduce_lanes<4>(sum[r], Sum());
       inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
-      const int row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * r;
-      if (LSE && threadIdx.x % 4 == 0 && row < sq) lse[row] = log_of_sum(top[r], scale, total);
+      const int row = first + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * r, query = m0 + query_of(row);
+      if (LSE && threadIdx.x % 4 == 0 && query < sq)
+        lse[(long long)head_of(row) * sq + query] = log_of_sum(top[r], scale, total);
     }
   }
 };
@@ -136,17 +146,18 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // o of 64 queries: unnormalised sums, with what `softmax` still knows of their rows.
-  __device__ __forceinline__ void attend(float (&o)[COLS], Softmax& softmax, int count, int first_row, int sq, int sk,
+  // o of 64 rows: unnormalised sums, with what `softmax` still knows of their rows.
+  __device__ __forceinline__ void attend(float (&o)[COLS], Softmax& softmax, int count, int m0, int sq, int sk,
                                          float scale) {
-    const int ahead = sk - sq, row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const int ahead = sk - sq, least = m0 + query_of(64 * group);
+    const int row = m0 + query_of(64 * group + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4);
     float s[KEYS];
     unsigned p[BLOCK_N / 16][4];
     const auto hide = [&](int block) {
       const int key0 = block * BLOCK_N;
-      if (key0 + BLOCK_N <= sk && !(CAUSAL && key0 + BLOCK_N - 1 > first_row + ahead)) return;  // one for all lanes
+      if (key0 + BLOCK_N <= sk && !(CAUSAL && key0 + BLOCK_N - 1 > least + ahead)) return;  // one for all lanes
       const int end = sk - key0, seen = CAUSAL ? row + ahead - key0 + 1 : end;
-      softmax.mask(s, min(end, seen), min(end, CAUSAL ? seen + 8 : end));
+      softmax.mask(s, min(end, seen), min(end, CAUSAL ? seen + NEXT : end));
     };
     take_turn();
     barrier_wait(pipe.k_full + k_at.stage, k_at.phase);
@@ -188,7 +199,7 @@ struct Consumer {
 
   // Through the place of our queries, which are no longer needed, to o. value(j): our j-th accumulator.
   template <class Value>
-  __device__ __forceinline__ void store(Value value, const TensorMap& out, int first_row, int head) {
+  __device__ __forceinline__ void store(Value value, const TensorMap& out, int m0, int head) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
     const int line = 16 * warp + matrix % 2 * 8 + lane % 8;
     char* place = pipe.q + group * 64 * 128;
@@ -206,7 +217,10 @@ struct Consumer {
     if (threadIdx.x % 128 == 0) {
 #pragma unroll
       for (int panel = 0; panel < Q::PANELS; panel++)
-        tma_store(out, place + panel * Q::PANEL_BYTES, panel * 64, first_row, head);
+#pragma unroll
+        for (int row = 0; row < 64; row += SEGMENT)
+          tma_store(out, place + panel * Q::PANEL_BYTES + row * 128, panel * 64, m0 + query_of(64 * group + row),
+                    head + head_of(64 * group + row));
       bulk_commit();
       bulk_wait_read<0>();
       barrier_arrive(pipe.q_empty);
@@ -220,7 +234,11 @@ __device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const 
   for (int turn = 0; tiles.advance(q_heads, kv_heads, sq, sk); turn++) {
     barrier_wait(pipe.q_empty, (turn & 1) ^ 1);
     barrier_expect(pipe.q_full, Q::BYTES);
-    Q::fetch<1>(pipe.q, q, pipe.q_full, tiles.m0, 0, tiles.head, 0, 0);
+#pragma unroll
+    for (int panel = 0; panel < Q::PANELS; panel++)
+      for (int head = 0; head < PACK; head++)
+        tma_load(pipe.q + panel * Q::PANEL_BYTES + head * QUERIES * 128, q, pipe.q_full, panel * 64, tiles.m0,
+                 tiles.head + head);
     // The keys of a block before the values of the block before it: that is the order of use.
     for (int block = tiles.count - 1; block >= -1; block--) {
       if (block >= 0) {
@@ -242,7 +260,7 @@ __device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const 
 }
 
 // q, out: maps of [b h, sq, D]; k, v: of [b hkv, sk, D]; lse: [b h, sq], with LSE only. `scale` is log2(e) / sqrt(D);
-// `heads` = b h; group_heads: of q, scheduled together. Causal: query i sees keys up to i + sk - sq; one that sees none
+// `heads` = b h / PACK; group_heads: of those, scheduled together. Causal: query i sees keys up to i + sk - sq; one that sees none
 // is 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_kernel(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
@@ -268,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
 
   Schedule tiles;
-  tiles.blocks = (sq + BLOCK_M - 1) / BLOCK_M, tiles.heads = heads, tiles.group_heads = group_heads;
+  tiles.blocks = (sq + QUERIES - 1) / QUERIES, tiles.heads = heads, tiles.group_heads = group_heads;
   tiles.total = tiles.blocks * heads;
   const int group = warpgroup() - 1;
   if (group < 0) {
@@ -278,19 +296,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if constexpr (GROUPS > 1) more_registers<GROUPS == 2 ? 240 : 160>();
     Consumer consumer{pipe, group};
     for (int turn = 0; tiles.advance(q_heads, kv_heads, sq, sk); turn++) {
-      const int first_row = tiles.m0 + 64 * group;
       barrier_wait(pipe.q_full, turn & 1);
       if (CAUSAL && tiles.count == 0) {  // apart from the others: merged with these, 256 columns did not fit (spills)
-        consumer.store([](int) { return 0.0f; }, out, first_row, tiles.head);
-        const int row = first_row + threadIdx.x % 128;
-        if (LSE && threadIdx.x % 128 < 64 && row < sq) lse[(long long)tiles.head * sq + row] = infinity();
+        consumer.store([](int) { return 0.0f; }, out, tiles.m0, tiles.head);
+        const int row = 64 * group + threadIdx.x % 128, query = tiles.m0 + query_of(row);
+        if (LSE && threadIdx.x % 128 < 64 && query < sq)
+          lse[(long long)(tiles.head + head_of(row)) * sq + query] = infinity();
         continue;
       }
       float o[COLS], inverse[2];
       Softmax softmax;
-      consumer.attend(o, softmax, tiles.count, first_row, sq, sk, scale);
-      softmax.finish(inverse, lse + (LSE ? (long long)tiles.head * sq : 0), first_row, sq, scale);
-      consumer.store([&](int j) { return o[j] * inverse[j / 2 % 2]; }, out, first_row, tiles.head);
+      consumer.attend(o, softmax, tiles.count, tiles.m0, sq, sk, scale);
+      softmax.finish(inverse, lse + (LSE ? (long long)tiles.head * sq : 0), 64 * group, tiles.m0, sq, scale);
+      consumer.store([&](int j) { return o[j] * inverse[j / 2 % 2]; }, out, tiles.m0, tiles.head);
     }
   }
 }

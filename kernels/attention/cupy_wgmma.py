@@ -46,12 +46,37 @@ def _turns(config: Config, problem: Problem) -> bool:
     return not config["pingpong"] or config["block_m"] > 64
 
 
+def _pack(config: Config, problem: Problem) -> int:
+    """Heads of q that share a tile: one, or all that share keys."""
+    return problem["h"] // problem["hkv"] if config["pack_gqa"] else 1
+
+
+def _packs(config: Config, problem: Problem) -> bool:
+    """Whole heads in a tile; those of a warpgroup's 64 rows as well, whose tensor stores take one head each."""
+    queries, rest = divmod(config["block_m"], _pack(config, problem))
+    whole = rest == 0 and queries >= 8 and (64 % queries == 0 or queries % 64 == 0)
+    return not config["pack_gqa"] or (problem["h"] > problem["hkv"] and whole)
+
+
 def _default(problem: Problem) -> Config:
-    """128 queries (192 at d=64; 64 if there are no more), 128 keys or, at larger d, what fits."""
-    d, causal = problem["d"], problem.flag("causal") == "1"
-    block_m = 64 if problem["sq"] <= 64 else 192 if d == 64 else 128
+    """128 queries (192 at d=64; 64 if there are no more), 128 keys or, at larger d, what fits.
+
+    Heads are packed where tiles of 128 rows are then a tenth fuller: FlashAttention-3 decides alike.
+    """
+    d, sq, causal = problem["d"], problem["sq"], problem.flag("causal") == "1"
+    together = sq * (problem["h"] // problem["hkv"])
+    packed = {"block_m": 64 if together <= 64 else 128, "pack_gqa": 1}
+    if _packs(packed, problem) and _filled(sq, 128) < 0.9 * _filled(together, 128):
+        block_m, pack = packed["block_m"], 1
+    else:
+        block_m, pack = 64 if sq <= 64 else 192 if d == 64 else 128, 0
     block_n = {64: 128, 128: 128 if causal else 176, 192: 112}.get(d, 80)
-    return {"block_m": block_m, "block_n": block_n, "num_stages": 2, "pingpong": int(block_m > 64)}
+    return {"block_m": block_m, "block_n": block_n, "num_stages": 2, "pingpong": int(block_m > 64), "pack_gqa": pack}
+
+
+def _filled(rows: int, block: int) -> float:
+    """Share of the rows of tiles that is used."""
+    return rows / (-(-rows // block) * block)
 
 
 SPACE = Space(
@@ -60,8 +85,9 @@ SPACE = Space(
         "block_n": (64, 80, 96, 112, 128, 144, 160, 176, 192),
         "num_stages": (2, 3, 4),
         "pingpong": (0, 1),
+        "pack_gqa": (0, 1),
     },
-    where=(_fits, _registers, _turns),
+    where=(_fits, _registers, _turns, _packs),
     default=_default,
 )
 
@@ -74,6 +100,7 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
         "HEAD_DIM": problem["d"],
         "CAUSAL": int(problem.flag("causal") == "1"),
         "LSE": int(problem.flag("lse") == "1"),
+        "PACK": _pack(config, problem),
         **cuda.axes(config, BLOCK_M="block_m", BLOCK_N="block_n", STAGES="num_stages", PINGPONG="pingpong"),
     }
     threads, source = 128 * (1 + config["block_m"] // 64), Path(__file__).with_suffix(".cu")
@@ -85,17 +112,20 @@ def _runner(problem: Problem, config: Config, compiled: Callable[[cuda.Kernel], 
     launch = compiled(_kernel(problem, config))
     b, h, hkv, sq, sk, d = (problem[x] for x in ("b", "h", "hkv", "sq", "sk", "d"))
     storage, scale = FORMATS[problem.precision].storage, math.log2(math.e) / math.sqrt(d)
-    queries = layout(storage, 2, sq, d, (PANEL, config["block_m"]), b * h)
+    pack = _pack(config, problem)
+    lines = config["block_m"] // pack
+    queries = layout(storage, 2, sq, d, (PANEL, lines), b * h)
     keys = layout(storage, 2, sk, d, (PANEL, config["block_n"]), b * hkv)
-    stored = layout(storage, 2, sq, d, (PANEL, 64), b * h)
-    grid = min(-(-sq // config["block_m"]) * b * h, blocks)
+    stored = layout(storage, 2, sq, d, (PANEL, min(lines, 64)), b * h)
+    heads = b * h // pack
+    grid = min(-(-sq // lines) * heads, blocks)
     kv_heads = max(L2_BYTES // (4 * sk * d), 1)
-    group_heads = min(kv_heads * (h // hkv), b * h)
+    group_heads = min(kv_heads * (h // hkv) // pack, heads)
 
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
         o, lse = results(problem, out)
         maps = bind(q, queries), bind(k, keys), bind(v, keys), bind(o, stored)
-        launch(grid, *maps, lse, b * h, h, hkv, sq, sk, group_heads, scale)
+        launch(grid, *maps, lse, heads, h, hkv, sq, sk, group_heads, scale)
 
     return run
 

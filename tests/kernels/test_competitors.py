@@ -181,6 +181,16 @@ OTHER_PATHS = {  # configs whose code the default of a small problem does not re
         "attention[b=1,h=2,hkv=1,sq=150,sk=20,d=64,causal,lse,bf16]",
         {"block_m": 64, "block_n": 64, "pingpong": 0},
     ),
+    "heads that share keys in one tile, queries before the first key": (
+        "attention/cupy_wgmma",
+        "attention[b=2,h=4,hkv=2,sq=130,sk=70,d=64,causal,lse,fp16]",
+        {"block_m": 128, "pack_gqa": 1},
+    ),
+    "eight queries of each of eight heads in one tile": (
+        "attention/cupy_wgmma",
+        "attention[b=1,h=16,hkv=2,sq=19,sk=201,d=128,causal,lse,bf16]",
+        {"block_m": 64, "pack_gqa": 1, "pingpong": 0},
+    ),
     "sums of exponentials by tensor cores": (
         "attention/cupy",
         "attention[b=2,h=2,hkv=1,sq=35,sk=33,d=48,causal,lse,bf16]",

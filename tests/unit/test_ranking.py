@@ -112,6 +112,24 @@ def test_compiled_facts_replace_estimates() -> None:
     assert best < third
 
 
+def test_packed_heads_help_where_queries_do_not_fill_a_tile() -> None:
+    for queries, faster in ((16, 1.5), (4096, 0.98)):
+        problem = f"attention[b=8,h=32,hkv=8,sq={queries},sk=4096,d=128,bf16]"
+        apart, together = seconds("attention/cupy_wgmma", problem, *({"block_m": 128, "pack_gqa": p} for p in (0, 1)))
+        assert apart / together > faster
+        assert queries == 16 or apart / together < 1.02
+
+
+def test_packed_tiles_hold_whole_heads() -> None:
+    space = registry.impl("attention/cupy_wgmma").load().SPACE
+    few, many = (registry.problem(f"attention[b=1,h=32,hkv=8,sq={n},sk=4096,d=128,bf16]") for n in (17, 4096))
+    assert (space.default_for(few)["pack_gqa"], space.default_for(many)["pack_gqa"]) == (1, 0)
+    packed = {**space.default_for(few), "block_m": 128, "pack_gqa": 1}
+    for h, hkv, valid in ((32, 8, True), (8, 8, False), (24, 8, False), (256, 8, False), (128, 8, True)):
+        problem = registry.problem(f"attention[b=1,h={h},hkv={hkv},sq=17,sk=4096,d=128,bf16]")
+        assert space.valid(packed, problem) == valid
+
+
 def test_attention_is_ordered_by_work_and_by_key_traffic() -> None:
     full, causal = (
         seconds("attention/triton", f"attention[b=4,h=16,sq=4096,d=128{flag},bf16]", {})[0] for flag in ("", ",causal")
