@@ -19,17 +19,18 @@ constexpr int D = HEAD_DIM, GROUPS = BLOCK_M / 64, THREADS = 128 * (GROUPS + 1);
 using Q = Operand<T, BLOCK_M, D, false>;
 using K = Operand<T, BLOCK_N, D, false>;
 using V = Operand<T, D, BLOCK_N, true>;
-// Row r of a tile is query r % QUERIES of its head r / QUERIES; a thread has rows r and r + 8, 16 lie side by side.
+// Row r of a tile is query r % QUERIES of its head r / QUERIES. A thread has rows r and r + 8 of 16 side by side: their
+// queries are NEXT apart. Fewer than 8 queries would begin inside a swizzle's 1024 bytes.
 constexpr int QUERIES = BLOCK_M / PACK, SEGMENT = QUERIES < 64 ? QUERIES : 64, NEXT = QUERIES < 16 ? 0 : 8;
-static_assert(QUERIES * PACK == BLOCK_M && QUERIES >= 8 && (64 % SEGMENT == 0 && QUERIES % SEGMENT == 0), "whole heads");
+static_assert(QUERIES * PACK == BLOCK_M && QUERIES >= 8 && 64 % SEGMENT == 0 && QUERIES % SEGMENT == 0, "whole heads");
 __device__ __forceinline__ int query_of(int row) { return PACK == 1 ? row : row % QUERIES; }
 __device__ __forceinline__ int head_of(int row) { return PACK == 1 ? 0 : row / QUERIES; }
 
 constexpr int KEYS = BLOCK_N / 2, COLS = D / 2;  // scores and outputs of a thread: two rows, g and g + 8
 constexpr int V_TILES = Q::BYTES + STAGES * K::BYTES, BARRIERS = V_TILES + STAGES * V::BYTES;
 
-// A block's tiles: heads (packs of them) in groups whose keys and values fit into L2, within a group the longest first. Rounds
-// alternate in direction, so that no block gets the longest tile of every round.
+// A block's tiles: heads (packs of them) in groups whose keys and values fit into L2, within a group the longest first.
+// Rounds alternate in direction, so that no block gets the longest tile of every round.
 struct Schedule {
   int blocks, heads, group_heads, total, round = 0;
   int m0, head, kv_head, count;  // of the current tile: first query, first head of q, head of k and v, key blocks
@@ -260,8 +261,8 @@ __device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const 
 }
 
 // q, out: maps of [b h, sq, D]; k, v: of [b hkv, sk, D]; lse: [b h, sq], with LSE only. `scale` is log2(e) / sqrt(D);
-// `heads` = b h / PACK; group_heads: of those, scheduled together. Causal: query i sees keys up to i + sk - sq; one that sees none
-// is 0.
+// `heads` = b h / PACK; group_heads: of those, scheduled together. Causal: query i sees keys up to i + sk - sq; one
+// that sees none is 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_kernel(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                      const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap out,

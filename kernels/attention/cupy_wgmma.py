@@ -65,11 +65,11 @@ def _default(problem: Problem) -> Config:
     """
     d, sq, causal = problem["d"], problem["sq"], problem.flag("causal") == "1"
     together = sq * (problem["h"] // problem["hkv"])
-    packed = {"block_m": 64 if together <= 64 else 128, "pack_gqa": 1}
-    if _packs(packed, problem) and _filled(sq, 128) < 0.9 * _filled(together, 128):
-        block_m, pack = packed["block_m"], 1
-    else:
-        block_m, pack = 64 if sq <= 64 else 192 if d == 64 else 128, 0
+    block_m = 64 if together <= 64 else 128
+    fuller = _filled(sq, 128) < 0.9 * _filled(together, 128)
+    pack = int(fuller and _packs({"block_m": block_m, "pack_gqa": 1}, problem))
+    if not pack:
+        block_m = 64 if sq <= 64 else 192 if d == 64 else 128
     block_n = {64: 128, 128: 128 if causal else 176, 192: 112}.get(d, 80)
     return {"block_m": block_m, "block_n": block_n, "num_stages": 2, "pingpong": int(block_m > 64), "pack_gqa": pack}
 

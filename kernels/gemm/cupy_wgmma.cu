@@ -240,7 +240,8 @@ struct Store {
 // left, right: the operands; out: c, unless `raw` ([SPLIT_K,] c) is written instead. scale_a, scale_b: [1], fp8
 // only; more: bias [n] or residual [m, n], with an epilogue only; parts: [grid, TILE_ROWS, TILE_COLS], flags: [grid,
 // PER_TILE], down, with STREAM_K only. `more` may not be __restrict__: then ptxas reads a residual of the whole tile
-// before the first box of it is stored, and spills (4 bytes). Grid: a multiple of the cluster, at most what runs at once.
+// before the first box of it is stored, and spills (4 bytes). Grid: a multiple of the cluster, at most what runs at
+// once.
 extern "C" __global__ void
 #if CLUSTER_SIZE > 1
 __cluster_dims__(CLUSTER_SIZE, 1, 1)
