@@ -52,7 +52,7 @@ SPACE = Space(
     where=(lambda config, problem: config["multiply"] == "widen" or problem.precision in dot_formats(),),
     default=_default,
 )
-ARGUMENTS = (*("int64",) * 14, "float32", "int64")
+ARGUMENTS = (*("int64",) * 13, "float32")
 RESCALE = 8.0  # a maximum may be exceeded by 2^8 before earlier sums are scaled down to a new one
 
 
@@ -229,7 +229,7 @@ def end(queries: int, dtype: str) -> Any:
 
 @cache
 def compiled(dtype: str, rows: int, queries: int, dot: bool) -> Job:
-    """A slot: its tasks one after the other, in its own part of the scratch memory."""
+    """A task: some tiles of queries of one head, in its slot's part of the scratch memory."""
     form, item = Format(dtype, 2 if dot else 1), ITEM[dtype]
     panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
     pack_q, pack_k, pack_v = pack(form, queries, True), pack(form, panel, True), pack(form, panel, False)
@@ -238,8 +238,8 @@ def compiled(dtype: str, rows: int, queries: int, dot: bool) -> Job:
     arguments = arguments_of(*ARGUMENTS)
 
     @job
-    def attention(given, slot):  # type: ignore[no-untyped-def]
-        q, k, v, out, scratch, size, heads, group, sq, sk, d, causal, block, tiles, factor, slots = arguments(given)
+    def attention(given, task, slot):  # type: ignore[no-untyped-def]
+        q, k, v, out, scratch, size, group, sq, sk, d, causal, block, tiles, factor = arguments(given)
         every = (sq + queries - 1) // queries
         parts = (every + tiles - 1) // tiles
         columns, tall = (d + panel - 1) // panel * panel, (block + panel - 1) // panel * panel
@@ -249,48 +249,47 @@ def compiled(dtype: str, rows: int, queries: int, dot: bool) -> Job:
         scores = own + tiles * each
         k_pack = scores + tall * queries * 4
         v_pack = k_pack + tall * words * 4
-        for task in range(slot, heads * parts, slots):
-            head, part = task // parts, task % parts
-            if head % 2:  # causal parts differ in work: no slot gets the long ones of every head
-                part = parts - 1 - part
-            begin_tile = part * tiles
-            end_tile = min(begin_tile + tiles, every)
+        head, part = task // parts, task % parts
+        if causal:  # the last queries see most keys: long tasks first, short ones fill the end
+            part = parts - 1 - part
+        begin_tile = part * tiles
+        end_tile = min(begin_tile + tiles, every)
+        for t in range(begin_tile, end_tile):
+            first, packed = t * queries, own + (t - begin_tile) * each
+            pack_q(q + (head * sq + first) * d * item, packed, min(queries, sq - first), d, d)
+            start(packed + words * queries * 4, d * queries)
+        stop = max(0, min(sk, min(end_tile * queries, sq) + sk - sq)) if causal else sk
+        for key in range(0, stop, block):
+            keys = min(block, stop - key)
+            deep = (keys + steps - 1) // steps
+            here = (head // group * sk + key) * d * item
+            for r in range(0, keys, panel):
+                pack_k(k + here + r * d * item, k_pack + r * words * 4, min(panel, keys - r), d, d)
+            for c in range(0, columns, panel):
+                pack_v(v + here + c * item, v_pack + c * deep * 4, min(panel, d - c), d, keys)
+            ahead = block * d * item if key + block < stop else 0
+            share = (ahead // (end_tile - begin_tile) + LINE - 1) // LINE * LINE
             for t in range(begin_tile, end_tile):
-                first, packed = t * queries, own + (t - begin_tile) * each
-                pack_q(q + (head * sq + first) * d * item, packed, min(queries, sq - first), d, d)
-                start(packed + words * queries * 4, d * queries)
-            stop = max(0, min(sk, min(end_tile * queries, sq) + sk - sq)) if causal else sk
-            for key in range(0, stop, block):
-                keys = min(block, stop - key)
-                deep = (keys + steps - 1) // steps
-                here = (head // group * sk + key) * d * item
-                for r in range(0, keys, panel):
-                    pack_k(k + here + r * d * item, k_pack + r * words * 4, min(panel, keys - r), d, d)
-                for c in range(0, columns, panel):
-                    pack_v(v + here + c * item, v_pack + c * deep * 4, min(panel, d - c), d, keys)
-                ahead = block * d * item if key + block < stop else 0
-                share = (ahead // (end_tile - begin_tile) + LINE - 1) // LINE * LINE
-                for t in range(begin_tile, end_tile):
-                    fetch(k + here + ahead + (t - begin_tile) * share, share)
-                    fetch(v + here + ahead + (t - begin_tile) * share, share)
-                    first = t * queries
-                    limit = first + sk - sq - key if causal else keys  # the last key that lane 0 sees
-                    last = limit + min(queries, sq - first) - 1 if causal else keys
-                    seen = min(keys, last + 1)
-                    if seen > 0:
-                        packed = own + (t - begin_tile) * each
-                        sums = packed + words * queries * 4
-                        for r in range(0, seen, rows):
-                            left = k_pack + (r // panel * panel * words + r % panel) * 4
-                            multiply(left, packed, scores + r * queries * 4, words, 0)
-                        softmax(scores, seen, sums, d, limit, last, factor)
-                        for c in range(0, d, rows):
-                            left = v_pack + (c // panel * panel * deep + c % panel) * 4
-                            multiply(left, scores, sums + (c + 2) * queries * 4, (seen + steps - 1) // steps, 1)
-            for t in range(begin_tile, end_tile):
+                fetch(k + here + ahead + (t - begin_tile) * share, share)
+                fetch(v + here + ahead + (t - begin_tile) * share, share)
                 first = t * queries
-                sums = own + (t - begin_tile) * each + words * queries * 4
-                finish(sums, d, out + (head * sq + first) * d * item, min(queries, sq - first))
+                limit = first + sk - sq - key if causal else keys  # the last key that lane 0 sees
+                last = limit + min(queries, sq - first) - 1 if causal else keys
+                seen = min(keys, last + 1)
+                if seen > 0:
+                    packed = own + (t - begin_tile) * each
+                    sums = packed + words * queries * 4
+                    for r in range(0, seen, rows):
+                        left = k_pack + (r // panel * panel * words + r % panel) * 4
+                        multiply(left, packed, scores + r * queries * 4, words, 0)
+                    softmax(scores, seen, sums, d, limit, last, factor)
+                    for c in range(0, d, rows):
+                        left = v_pack + (c // panel * panel * deep + c % panel) * 4
+                        multiply(left, scores, sums + (c + 2) * queries * 4, (seen + steps - 1) // steps, 1)
+        for t in range(begin_tile, end_tile):
+            first = t * queries
+            sums = own + (t - begin_tile) * each + words * queries * 4
+            finish(sums, d, out + (head * sq + first) * d * item, min(queries, sq - first))
 
     return attention
 
@@ -318,15 +317,15 @@ def build(problem: Problem, config: Config) -> Run:
     words, deep = -(-d // steps), -(-block // steps)
     space = tiles * (words + columns + 2) * queries + tall * (queries + words) + columns * deep
     size = -(-space // 16) * 64  # bytes, whole cache lines
-    slots = min(heads * -(-every // tiles), threads())
-    scratch = torch.empty(slots * size // 4, dtype=torch.float32)
+    tasks = heads * -(-every // tiles)
+    scratch = torch.empty(min(tasks, threads()) * size // 4, dtype=torch.float32)
     factor = LOG2E / math.sqrt(d)
-    kernel = parallel(ARGUMENTS, (compiled(problem.precision, rows, queries, dot), slots))
+    kernel = parallel(ARGUMENTS, (compiled(problem.precision, rows, queries, dot), tasks))
 
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
         kernel(
             *(t.data_ptr() for t in (q, k, v, out, scratch)),
-            *(size, heads, group, sq, sk, d, causal, block, tiles, factor, slots),
+            *(size, group, sq, sk, d, causal, block, tiles, factor),
         )
 
     return run

@@ -3,6 +3,10 @@
 Numba makes a function of its own of every `prange`: 0.7 of the 1.0 s that it took to compile a softmax, 2.2 of
 the 3.2 s of a product. Here the loop is compiled once (and kept on disk); kernels are plain C functions that it
 calls by their addresses. A tuner compiles some hundred kernels, so this is most of what a search takes.
+
+Tasks belong to slots, one for each thread: neighbouring tasks to the same slot, the same ones in every call, so what
+they read is still in the cache of their core. A slot that is done takes over what others have not begun: where a core
+is slower (an efficient one, one that does something else), or tasks differ in work, the others do not wait for it.
 """
 
 from __future__ import annotations
@@ -20,16 +24,22 @@ from numba.core import types
 from numba.core.types.containers import Tuple
 from numba.extending import intrinsic
 
+from rooftune.kernels.common.numba import LINE, threads
+
 WORD = 8  # bytes of an argument in memory
 KINDS = {"int64": ("q", ir.IntType(64)), "float32": ("f4x", ir.FloatType())}
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
+SIGNATURE = "void(int64, int64, int64, int64, int64)"  # of the loop
 
-Job = Any  # numba's C function of (address of the arguments, task)
+Job = Any  # numba's C function of (address of the arguments, task, slot)
 
 
-def job(function: Callable[[Any, Any], None]) -> Job:
-    """Compile function(arguments, task) now: `arguments` is an address that `arguments_of` reads."""
-    return numba.cfunc("void(int64, int64)", **OPTIONS)(function)
+def job(function: Callable[[Any, Any, Any], None]) -> Job:
+    """Compile function(arguments, task, slot) now: `arguments` is an address that `arguments_of` reads.
+
+    No two tasks of a slot run at once: scratch memory is a slot's. There are as many as threads, or tasks if fewer.
+    """
+    return numba.cfunc("void(int64, int64, int64)", **OPTIONS)(function)
 
 
 @cache
@@ -51,38 +61,87 @@ def arguments_of(*kinds: str) -> Any:
 
 
 @intrinsic
-def _call(context: Any, function: Any, arguments: Any, task: Any) -> Any:
-    """Call the C function void(int64, int64) at an address."""
+def _call(context: Any, function: Any, arguments: Any, task: Any, slot: Any) -> Any:
+    """Call the C function void(int64, int64, int64) at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
-        word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [word, word])
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 3)
         builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), generate
+    return types.void(*[types.int64] * 4), generate
 
 
-_step = arguments_of("int64", "int64")
+@intrinsic
+def _write(context: Any, address: Any, value: Any) -> Any:
+    """Write a word."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+        builder.store(values[1], builder.inttoptr(values[0], ir.IntType(64).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
-def _run(steps: Any, count: Any, arguments: Any) -> None:
-    """Each step is the address of a job and the number of its tasks; the next begins when all are done."""
+@intrinsic
+def _take(context: Any, address: Any) -> Any:
+    """The next task of a counter, which no other thread gets; or one past its end."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+        word = ir.IntType(64)
+        place = builder.inttoptr(values[0], word.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+_words = {count: arguments_of(*["int64"] * count) for count in (1, 2, 4)}
+_peek, _step, _frame = _words[1], _words[2], _words[4]
+
+
+@numba.njit(**OPTIONS)
+def _work(frame: Any, slot: Any) -> None:
+    """A slot's own tasks, then what is left of the next slot's, and so on."""
+    function, tasks, slots, arguments = _frame(frame)
+    for turn in range(slots):
+        owner = (slot + turn) % slots
+        counter, stop = frame + LINE * (1 + owner), (owner + 1) * tasks // slots
+        while _peek(counter)[0] < stop:
+            task = _take(counter)
+            if task < stop:
+                _call(function, arguments, task, slot)
+
+
+def _run(steps: Any, count: Any, arguments: Any, frame: Any, most: Any) -> None:
+    """Each step is the address of a job and the number of its tasks; the next begins when all are done.
+
+    The frame is all that the parallel loop is given, for each value takes it time: what `_work` needs, then counters.
+    """
     for number in range(count):
-        function, tasks = _step(steps + 16 * number)
-        for task in prange(tasks):
-            _call(function, arguments, task)
+        function, tasks = _step(steps + 2 * WORD * number)
+        slots = min(most, tasks)
+        _write(frame, function)
+        _write(frame + WORD, tasks)
+        _write(frame + 2 * WORD, slots)
+        _write(frame + 3 * WORD, arguments)
+        for slot in range(slots):
+            _write(frame + LINE * (1 + slot), slot * tasks // slots)
+        if slots == 1:
+            _work(frame, 0)
+        else:
+            for slot in prange(slots):
+                _work(frame, slot)
 
 
 @cache
 def _loop() -> Any:
-    make = numba.njit("void(int64, int64, int64)", parallel=True, nogil=True, cache=True, **OPTIONS)
+    make = numba.njit(SIGNATURE, parallel=True, nogil=True, cache=True, **OPTIONS)
     try:
         return make(_run)
     except RuntimeError as error:  # no folder that may be written to: 0.7 s a process
         if "cannot cache" not in str(error):
             raise
-        return numba.njit("void(int64, int64, int64)", parallel=True, nogil=True, **OPTIONS)(_run)
+        return numba.njit(SIGNATURE, parallel=True, nogil=True, **OPTIONS)(_run)
 
 
 def parallel(kinds: Sequence[str], *steps: tuple[Job, int]) -> Callable[..., None]:
@@ -91,20 +150,21 @@ def parallel(kinds: Sequence[str], *steps: tuple[Job, int]) -> Callable[..., Non
     Several threads may call it at once, if the jobs' own memory allows it.
     """
     pack_into = struct.Struct("=" + "".join(KINDS[kind][0] for kind in kinds)).pack_into
-    loop, count = _loop(), len(steps)
+    loop, count, most = _loop(), len(steps), threads()
     table = (ctypes.c_int64 * (2 * count))(*(word for made, tasks in steps for word in (made.address, tasks)))
     place = ctypes.addressof(table)
-    spare: list[tuple[Any, int]] = []  # memory for the arguments: making it anew would take 0.3 us of each call
+    spare: list[tuple[Any, int, int]] = []  # memory of a call: making it anew would take 0.3 us of each
 
     def call(*arguments: Any) -> None:
         try:
-            memory, address = spare.pop()
+            memory, address, frame = spare.pop()
         except IndexError:  # the first call, or one beside another
-            memory = (ctypes.c_int64 * len(kinds))()
+            memory = ctypes.create_string_buffer(len(kinds) * WORD + (most + 2) * LINE)
             address = ctypes.addressof(memory)
+            frame = -(-(address + len(kinds) * WORD) // LINE) * LINE
         pack_into(memory, 0, *arguments)
-        loop(place, count, address)
-        spare.append((memory, address))
+        loop(place, count, address, frame, most)
+        spare.append((memory, address, frame))
 
     call.keeps = steps, table  # type: ignore[attr-defined]  # their addresses are in use
     return call

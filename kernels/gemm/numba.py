@@ -27,9 +27,8 @@ TILES = {  # rows x columns of the register tile, by lanes of a vector; the firs
 }
 FEW = 64  # rows of a up to which b is not packed: 1.25x torch instead of 0.84x at 32, 1.12x instead of 0.96x at 64
 NEAR = 4 << 20  # bytes of all operands as fp32 up to which prefetching costs more than it saves
-# of a job: addresses of a, b, bias, out, packed a, packed b, correction, sums; m, n, k, height, depth, split, room,
-# slots
-ARGUMENTS = ("int64",) * 16
+# of a job: addresses of a, b, bias, out, packed a, packed b, correction, sums; m, n, k, height, depth, split, room
+ARGUMENTS = ("int64",) * 15
 THIN_ARGUMENTS = ("int64",) * 12  # addresses of a, b, bias, out, packed a, packed b, sums; m, n, k, depth, parts
 SWEEP = 32  # words of k packed at a time where k is not contiguous
 
@@ -84,8 +83,8 @@ def packing(form: Format, columns: int, b_along_k: bool) -> Job:
     item, steps, sweep = ITEM[form.dtype], form.steps, SWEEP * form.steps
 
     @job
-    def panels(given, task):  # type: ignore[no-untyped-def]
-        _, b, _, _, _, b_pack, _, _, _, n, k, _, _, _, _, _ = arguments(given)
+    def panels(given, task, _):  # type: ignore[no-untyped-def]
+        _, b, _, _, _, b_pack, _, _, _, n, k, _, _, _, _ = arguments(given)
         words = (k + steps - 1) // steps
         if b_along_k:
             first = task * columns
@@ -106,8 +105,8 @@ def correcting(form: Format, columns: int) -> Job:
     sum_columns, arguments, steps = column_sums(columns), arguments_of(*ARGUMENTS), form.steps
 
     @job
-    def panel(given, task):  # type: ignore[no-untyped-def]
-        _, _, _, _, _, b_pack, correction, _, _, _, k, _, _, _, _, _ = arguments(given)
+    def panel(given, task, _):  # type: ignore[no-untyped-def]
+        _, _, _, _, _, b_pack, correction, _, _, _, k, _, _, _, _ = arguments(given)
         words = (k + steps - 1) // steps
         sum_columns(b_pack + task * columns * words * 4, words, correction + task * columns * 4)
 
@@ -131,55 +130,53 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
     sweep = SWEEP * steps
 
     @job
-    def product(given, slot):  # type: ignore[no-untyped-def]
-        a, _, bias, out, a_pack, b_pack, correction, sums, m, n, k, height, depth, split, room, slots = arguments(given)
+    def product(given, task, slot):  # type: ignore[no-untyped-def]
+        a, _, bias, out, a_pack, b_pack, correction, sums, m, n, k, height, depth, split, room = arguments(given)
         words = (k + steps - 1) // steps
         a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
-        tasks = (a_panels + height - 1) // height * split
         line = columns * out_item + (LINE if n * out_item % LINE else 0)
         own, totals = a_pack + slot * height * rows * depth * 4, sums + slot * room * area
-        for task in range(slot * tasks // slots, (slot + 1) * tasks // slots):
-            begin, part = task // split * height, task % split
-            stop = min(begin + height, a_panels)
-            from_panel, to_panel = part * b_panels // split, (part + 1) * b_panels // split
-            for w in range(0, words, depth):
-                some = min(depth, words - w)
-                final = w + depth >= words
-                left, wide = min(some * steps, k - w * steps), some * rows * 4  # wide: bytes of a packed panel
-                for i in range(begin, stop):
-                    if a_along_k:
-                        source = a + (i * rows * k + w * steps) * item
-                        pack_a(source, own + (i - begin) * wide, min(rows, m - i * rows), k, left)
-                if not a_along_k:
-                    for at in range(0, some, SWEEP):
-                        for i in range(begin, stop):
-                            source = a + ((w + at) * steps * m + i * rows) * item
-                            target = own + (i - begin) * wide + at * rows * 4
-                            pack_a(source, target, min(rows, m - i * rows), m, min(sweep, left - at * steps))
-                share = (some * columns * 4 // (stop - begin) + LINE - 1) // LINE * LINE
-                for j in range(from_panel, to_panel):
-                    right = b_pack + (j * words + w) * columns * 4
-                    coming = right + words * columns * 4
+        begin, part = task // split * height, task % split
+        stop = min(begin + height, a_panels)
+        from_panel, to_panel = part * b_panels // split, (part + 1) * b_panels // split
+        for w in range(0, words, depth):
+            some = min(depth, words - w)
+            final = w + depth >= words
+            left, wide = min(some * steps, k - w * steps), some * rows * 4  # wide: bytes of a packed panel
+            for i in range(begin, stop):
+                if a_along_k:
+                    source = a + (i * rows * k + w * steps) * item
+                    pack_a(source, own + (i - begin) * wide, min(rows, m - i * rows), k, left)
+            if not a_along_k:
+                for at in range(0, some, SWEEP):
                     for i in range(begin, stop):
-                        number = (j - from_panel) * height + i - begin if room > 1 else 0
-                        place = totals + number * area
-                        target = out + (i * rows * n + j * columns) * out_item
-                        if ahead:
-                            fetch(coming + (i - begin) * share, share)
-                            if final:
-                                for r in range(min(rows, m - i * rows)):
-                                    claim(target + r * n * out_item, line)
-                        multiply(own + (i - begin) * wide, right, place, some, w)
+                        source = a + ((w + at) * steps * m + i * rows) * item
+                        target = own + (i - begin) * wide + at * rows * 4
+                        pack_a(source, target, min(rows, m - i * rows), m, min(sweep, left - at * steps))
+            share = (some * columns * 4 // (stop - begin) + LINE - 1) // LINE * LINE
+            for j in range(from_panel, to_panel):
+                right = b_pack + (j * words + w) * columns * 4
+                coming = right + words * columns * 4
+                for i in range(begin, stop):
+                    number = (j - from_panel) * height + i - begin if room > 1 else 0
+                    place = totals + number * area
+                    target = out + (i * rows * n + j * columns) * out_item
+                    if ahead:
+                        fetch(coming + (i - begin) * share, share)
                         if final:
-                            end(
-                                place,
-                                target,
-                                n,
-                                min(rows, m - i * rows),
-                                min(columns, n - j * columns),
-                                bias + (i * rows_added * n + j * columns) * item,
-                                correction + j * columns * 4,
-                            )
+                            for r in range(min(rows, m - i * rows)):
+                                claim(target + r * n * out_item, line)
+                    multiply(own + (i - begin) * wide, right, place, some, w)
+                    if final:
+                        end(
+                            place,
+                            target,
+                            n,
+                            min(rows, m - i * rows),
+                            min(columns, n - j * columns),
+                            bias + (i * rows_added * n + j * columns) * item,
+                            correction + j * columns * 4,
+                        )
 
     return product
 
@@ -201,7 +198,7 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
     rows_added = rows if epilogue == "residual" else 0
 
     @job
-    def packing(given, _):  # type: ignore[no-untyped-def]
+    def packing(given, _, __):  # type: ignore[no-untyped-def]
         a, b, _, _, a_pack, b_pack, _, m, n, k, _, _ = arguments(given)
         for i in range((m + rows - 1) // rows * (rows // tall)):
             first = min(i * tall, m - 1)
@@ -211,7 +208,7 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
             pack_b(b + n // columns * columns * item, b_pack, n % columns, n, k)
 
     @job
-    def product(given, part):  # type: ignore[no-untyped-def]
+    def product(given, part, _):  # type: ignore[no-untyped-def]
         _, b, bias, out, a_pack, b_pack, sums, m, n, k, depth, parts = arguments(given)
         a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
         ragged = not b_along_k and n % columns > 0
@@ -300,7 +297,7 @@ def build(problem: Problem, config: Config) -> Run:
     if form.unsigned_a:
         jobs.append((correcting(form, columns), b_panels))
     product = compiled(form, *flags, rows, columns, config["unroll"], config["prefetch"] == "next")
-    kernel = parallel(ARGUMENTS, *jobs, (product, slots))
+    kernel = parallel(ARGUMENTS, *jobs, (product, blocks * split))
     workspace = [
         torch.empty(size, dtype=torch.int32)
         for size in (
@@ -314,6 +311,6 @@ def build(problem: Problem, config: Config) -> Run:
     def run(out: Any, a: Any, b: Any, bias: Any = None) -> None:
         places = [space.data_ptr() for space in workspace]
         address = 0 if bias is None else bias.data_ptr()
-        kernel(a.data_ptr(), b.data_ptr(), address, out.data_ptr(), *places, m, n, k, height, depth, split, room, slots)
+        kernel(a.data_ptr(), b.data_ptr(), address, out.data_ptr(), *places, m, n, k, height, depth, split, room)
 
     return run

@@ -29,7 +29,7 @@ def _default(problem: Problem) -> Config:
     return {
         "unroll": 2 if short else 8,
         "rows": 4 if short else 1,
-        "tasks_per_thread": 1,
+        "tasks_per_thread": 4,
         "store": "stream" if large else "cached",
         "prefetch": "next",
     }
@@ -109,7 +109,7 @@ def compiled(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahead:
     single, arguments = row_kernel(dtype, rms, unroll, 1, stream, ahead), arguments_of(*ARGUMENTS)
 
     @job
-    def part(given, task):  # type: ignore[no-untyped-def]
+    def part(given, task, _):  # type: ignore[no-untyped-def]
         x, weight, bias, out, m, n, tasks = arguments(given)
         begin, stop = task * m // tasks, (task + 1) * m // tasks
         whole = begin + (stop - begin) // rows * rows

@@ -27,7 +27,7 @@ def _default(problem: Problem) -> Config:
     return {
         "unroll": 2 if short else 8,
         "rows": 4 if short else 1,
-        "tasks_per_thread": 1,
+        "tasks_per_thread": 4,
         "exponentials": "keep",
         "store": "stream" if large else "cached",
         "prefetch": "next",
@@ -103,14 +103,14 @@ def row_kernel(dtype: str, unroll: int, rows: int, keep: bool, stream: bool, ahe
 
 @cache
 def compiled(dtype: str, unroll: int, rows: int, keep: bool, stream: bool, ahead: bool) -> Job:
-    """One of `tasks` equal parts of the rows; `rows` of scratch for each."""
+    """One of `tasks` equal parts of the rows; `rows` of scratch for each slot."""
     several, item = row_kernel(dtype, unroll, rows, keep, stream, ahead), ITEM[dtype]
     single, arguments = row_kernel(dtype, unroll, 1, keep, stream, ahead), arguments_of(*ARGUMENTS)
 
     @job
-    def part(given, task):  # type: ignore[no-untyped-def]
+    def part(given, task, slot):  # type: ignore[no-untyped-def]
         x, out, scratch, m, n, tasks = arguments(given)
-        begin, stop, own = task * m // tasks, (task + 1) * m // tasks, scratch + task * rows * n * 4
+        begin, stop, own = task * m // tasks, (task + 1) * m // tasks, scratch + slot * rows * n * 4
         whole = begin + (stop - begin) // rows * rows
         for i in range(begin, whole, rows):
             several(x + i * n * item, out + i * n * item, own, n)
@@ -130,7 +130,7 @@ def build(problem: Problem, config: Config) -> Run:
     tasks = min(m, threads() * config["tasks_per_thread"])
     part = compiled(problem.precision, config["unroll"], rows, keep, streams, ahead)
     kernel = parallel(ARGUMENTS, (part, tasks))
-    scratch = torch.empty(tasks * rows * n if keep else 1, dtype=torch.float32)
+    scratch = torch.empty(min(tasks, threads()) * rows * n if keep else 1, dtype=torch.float32)
 
     def run(out: Any, x: Any) -> None:
         kernel(x.data_ptr(), out.data_ptr(), scratch.data_ptr(), m, n, tasks)

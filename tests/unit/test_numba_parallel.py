@@ -1,7 +1,9 @@
-"""Jobs and the one loop that runs them: order of steps, every task once, typed arguments, a folder without writing."""
+"""Jobs and the one loop that runs them: order of steps, every task once, slots that help each other, typed arguments, a
+folder without writing."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 numba = pytest.importorskip("numba")
 
 from rooftune.kernels.common import numba_parallel  # noqa: E402
+from rooftune.kernels.common.numba import threads  # noqa: E402
 from rooftune.kernels.common.numba_parallel import arguments_of, job, parallel  # noqa: E402
 
 KINDS = ("int64", "int64", "float32", "int64")
@@ -23,12 +26,12 @@ def steps() -> tuple[Any, Any]:
     read, write, load = _memory()
 
     @job
-    def count(given, task):  # type: ignore[no-untyped-def]
+    def count(given, task, _):  # type: ignore[no-untyped-def]
         x, _, _, _ = load(given)
         write(x + 4 * task, read(x + 4 * task) + numba.float32(1.0))
 
     @job
-    def add(given, task):  # type: ignore[no-untyped-def]
+    def add(given, task, _):  # type: ignore[no-untyped-def]
         x, out, factor, n = load(given)
         total = numba.float32(0.0)
         for i in range(n):
@@ -56,6 +59,37 @@ def test_each_task_runs_once_and_steps_follow_one_another(steps: tuple[Any, Any]
         run(x.data_ptr(), out.data_ptr(), 0.5, 1000)
         assert x.eq(calls).all()
         assert out.tolist() == [500.0 * calls, 500.0 * calls, 0.0]
+
+
+def test_a_slot_that_is_done_takes_over_what_others_have_not_begun() -> None:
+    """Task 0 ends when all others are done, or after two seconds: those of its slot have to run on another."""
+    if threads() < 2:
+        pytest.skip("one thread: nobody else could take tasks over")
+    read, write, load = _memory()
+    sleep = ctypes.CDLL(None).usleep
+    sleep.argtypes, sleep.restype = [ctypes.c_uint32], ctypes.c_int32
+
+    @job
+    def wait(given, task, slot):  # type: ignore[no-untyped-def]
+        done, slots, _, count = load(given)
+        one = numba.float32(1.0)
+        if read(slots + 64 * slot) > 0:
+            write(slots, numba.float32(-9.0))  # two tasks of a slot at once
+        write(slots + 64 * slot, one)
+        turns, others = 0, numba.float32(0.0)
+        while task == 0 and turns < 2000 and others < count - 1:
+            sleep(1000)
+            turns += 1
+            others = numba.float32(0.0)
+            for i in range(1, count):
+                others += read(done + 4 * i)
+        write(done + 4 * task, others if task == 0 else one)
+        write(slots + 64 * slot, numba.float32(0.0))
+
+    done, slots = torch.zeros(12), torch.zeros(16 * threads())
+    parallel(KINDS, (wait, 12))(done.data_ptr(), slots.data_ptr(), 0.0, 12)
+    assert done.tolist() == [11.0, *[1.0] * 11]
+    assert slots.eq(0).all()
 
 
 def test_no_task_is_no_call(steps: tuple[Any, Any]) -> None:
