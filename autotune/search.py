@@ -181,10 +181,10 @@ def surrogate(space: SearchSpace, rng: np.random.Generator) -> Search:
     """Learn log time from what was tried; try what promises the largest improvement.
 
     A diverse start, half of it with powers of two for sizes, then two Gaussian processes and a forest judge
-    candidates: configs one or two axes from the best ones, and random ones. Every second step stays one axis from the
-    best, where all vote; between them the processes lead by turns. Failed configs lower the chance of those like them.
-    Where something is known beforehand, the configs it expects to be fastest come first, and then the diverse
-    ones every second step: they find out whether it is true here.
+    candidates: configs one or two axes from the best ones, and random ones. Every second step stays close to the best,
+    where all vote: one axis from it, or two once that was in vain. Between them the processes lead by turns. Failed
+    configs lower the chance of those like them. Where something is known beforehand, the configs it expects to be
+    fastest come first, and then the diverse ones every second step: they find out whether it is true here.
     """
     features = Features(list(space.axes.values()), space.index)
     known = trend(features, space.history, space.prior)

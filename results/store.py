@@ -338,13 +338,12 @@ def resolve(text: str) -> Path:
         return Path(text)
     if match := re.fullmatch(r"latest(?:~(\d+))?", text):
         return latest_run(int(match[1] or 0))
-    runs = list_runs() + list_runs(REFERENCE)
-    for path in runs:
-        if path.stem == text:
-            return path
-    close = [path for path in runs if path.name.startswith(text)]
+    runs = {path.stem: path for path in (*list_runs(REFERENCE), *list_runs())}  # a run in both folders is one run
+    if text in runs:
+        return runs[text]
+    close = [name for name in runs if name.startswith(text)]
     if len(close) == 1:
-        return close[0]
-    shown = ", ".join(p.stem for p in (close or runs)[:5]) or "none"
+        return runs[close[0]]
+    shown = ", ".join((close or sorted(runs, reverse=True))[:5]) or "none"
     problem = f"run '{text}' fits {len(close)}" if close else f"no run '{text}'"
     raise UsageError(f"{problem}; give a path, 'latest', or an id: {shown}")

@@ -46,6 +46,10 @@ class Session:
         path: Path | None = None,
     ) -> None:
         self.device = device.find(device_name)
+        if threads is not None and threads <= 0:
+            raise UsageError(
+                f"--threads must be positive, not {threads}; this process may use {self.device.cores} cores"
+            )
         self.threads = threads or (self.device.cores if self.device.kind == "cpu" else 1)
         if self.device.kind == "cpu" and self.threads > self.device.cores:
             raise UsageError(f"--threads {self.threads}: this process may use {self.device.cores} cores")

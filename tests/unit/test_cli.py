@@ -40,6 +40,7 @@ BAD = {
     "no such run": (["compare", "nothing", "latest"], "nothing"),
     "no such model": (["block", "--model", "gpt5"], "gpt5"),
     "cpu clock of many threads": (["run", "softmax", "--clock", "cpu", "--threads", "2"], "--threads 1"),
+    "no threads": (["run", "softmax", "--threads", "0"], "--threads must be positive, not 0"),
     "bad environment": (["run", "softmax"], "ROOFTUNE_CACHE=lukewarm"),
 }
 

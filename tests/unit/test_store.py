@@ -315,6 +315,11 @@ def test_runs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert store.resolve(paths[0].stem) == store.resolve(str(paths[0])) == paths[0]
     assert "soft-max-0" in paths[0].name
     assert store.resolve("h200") == store.resolve("h2") == committed
+    (tmp_path / "reference" / paths[2].name).write_bytes(paths[2].read_bytes())  # the same run, committed
+    assert store.resolve(paths[2].stem[:-1]) == paths[2]
+    with pytest.raises(UsageError) as caught:
+        store.resolve("other")
+    assert str(caught.value).count(paths[2].stem) == 1
     for text in ("latest~3", "20", "other"):
         with pytest.raises(UsageError, match="run") as caught:
             store.resolve(text)

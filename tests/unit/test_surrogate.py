@@ -11,7 +11,7 @@ import pytest
 from rooftune.autotune.features import Features
 from rooftune.autotune.forest import Forest
 from rooftune.autotune.process import Process, log_improvement
-from rooftune.autotune.surrogate import Surrogate, diverse, rank, steep, wide
+from rooftune.autotune.surrogate import MISSES, Surrogate, diverse, rank, steep, wide
 from rooftune.autotune.warm import trend
 
 SIZES = [16, 32, 48, 64, 80, 96, 112, 128]
@@ -202,6 +202,27 @@ def test_half_of_a_diverse_start_has_powers_of_two_for_sizes() -> None:
     assert alike[0] == alike[1]
     assert len(Features(values[1:], index[:32, 1:]).even) > 0
     assert len(Features([[1, 2, 4], [0, 1]], index[:4, 2:]).even) == 0  # all are: nothing to prefer
+
+
+def test_steps_close_to_the_best_go_farther_when_they_are_in_vain() -> None:
+    model = Surrogate(Features(VALUES, INDEX), INDEX, np.random.default_rng(0))
+    best = int(np.argmax([((row != INDEX).sum(1) == 1).sum() for row in INDEX]))  # more neighbours than steps below
+    for row in (best, len(INDEX) - 2, len(INDEX) - 1):
+        model.tell(row, 1.0 if row == best else 2.0)
+
+    def axes() -> set[int]:
+        return set((INDEX[model._close(best)] != INDEX[best]).sum(1).tolist())
+
+    close = 0
+    while close < MISSES:
+        assert axes() == {1}
+        close += model._step % 2  # the step that follows is close to the best
+        model.tell(model.propose(), 2.0)
+    assert axes() == {1, 2}
+    model.tell(int(np.flatnonzero(model.free)[0]), 0.5)  # better: from now on this one's neighbours, and only these
+    assert axes() == {1}
+    model.free[(INDEX[best] != INDEX).sum(1) == 1] = False
+    assert axes() == {2}, "nothing is left on one axis"
 
 
 @pytest.mark.parametrize("judges", [[0], [1], [0, 1]])
