@@ -118,7 +118,8 @@ class Surrogate:
 
         A best config all of whose neighbours are worse still has half of all steps: while an axis of 31 values was
         walked to its end, nothing else was learned. Variable neighbourhood search (Mladenovic and Hansen, Computers
-        and Operations Research 24, 1997). On seven recorded spaces, 100 evaluations: 82 -> 91 % of runs reach 95 %.
+        and Operations Research 24, 1997). On seven recorded spaces, 25 seeds each, 79 -> 89 % of runs reach 95 %
+        of the optimum within 100 evaluations.
         """
         gap = self._differs(best)
         for radius in range(min(1 + self._misses // MISSES, RADIUS), RADIUS + 1):

@@ -95,8 +95,18 @@ def _take(context: Any, address: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-_words = {count: arguments_of(*["int64"] * count) for count in (1, 2, 4)}
-_peek, _step, _frame = _words[1], _words[2], _words[4]
+@intrinsic
+def _peek(context: Any, address: Any) -> Any:
+    """What `_take` would return, were no other thread faster; a read costs less than a counter moved between cores."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+        place = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "monotonic", WORD, typ=ir.IntType(64))
+
+    return types.int64(types.int64), generate
+
+
+_step, _frame = (arguments_of(*["int64"] * count) for count in (2, 4))
 
 
 @numba.njit(**OPTIONS)
@@ -106,7 +116,7 @@ def _work(frame: Any, slot: Any) -> None:
     for turn in range(slots):
         owner = (slot + turn) % slots
         counter, stop = frame + LINE * (1 + owner), (owner + 1) * tasks // slots
-        while _peek(counter)[0] < stop:
+        while _peek(counter) < stop:
             task = _take(counter)
             if task < stop:
                 _call(function, arguments, task, slot)
