@@ -29,6 +29,7 @@ from rooftune.core import Config, Problem, Status, Unavailable, UsageError
 from rooftune.registry import Impl
 
 START_FAILURES = 3  # a worker that cannot start three times in a row stops the run (F6)
+LOAD_S = 180.0  # start, or import a competitor and list its configs; 60 s were too few beside six busy processes
 PREPARE_S = 240.0  # build and check; inductor and LLVM need tens of seconds on a loaded machine
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 
@@ -248,7 +249,7 @@ class Lab:
         while True:
             started = Worker(impl, mode, device, self.threads if mode == "native" else 1)
             try:
-                self._request(started, "hello", 60.0)
+                self._request(started, "hello", LOAD_S)
             except OutOfTime:
                 started.close()
                 raise
@@ -295,7 +296,7 @@ class Lab:
         Raises:
             UsageError: the file does not load, or no config is valid.
         """
-        reply = self.ask(impl, "space", 60.0, mode, problem=str(problem))
+        reply = self.ask(impl, "space", LOAD_S, mode, problem=str(problem))
         if not reply.ok:
             raise UsageError(f"{impl.key}: {reply.reason}")
         return reply.data

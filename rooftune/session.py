@@ -14,7 +14,7 @@ from typing import Any
 
 from rooftune import __version__, device
 from rooftune.core import Problem, Unavailable, UsageError
-from rooftune.lab import Lab, WorkerDied
+from rooftune.lab import LOAD_S, Lab, WorkerDied
 from rooftune.registry import Impl
 from rooftune.results import store
 from rooftune.results.record import SCHEMA, Record
@@ -166,7 +166,7 @@ class Session:
         """
         for impl in impls:
             if impl.module.startswith("file:"):
-                reply = self.lab.ask(impl, "space", 60.0, problem=str(problem_of[impl.op]))
+                reply = self.lab.ask(impl, "space", LOAD_S, problem=str(problem_of[impl.op]))
                 if not reply.ok:
                     raise UsageError(f"{impl.path}: {reply.reason}")
 
