@@ -16,7 +16,7 @@ from rooftune.kernels.attention import without_lse
 from rooftune.kernels.common.numba import I32, ITEM, LINE, LOG2E, Emit, State, Value, intrinsic, threads
 from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, vector_width
 from rooftune.kernels.common.numba_dot import round_pairs
-from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
+from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
 from rooftune.kernels.common.numba_tile import Format, pack, tile, touch, transpose
 
 DEVICES = ("cpu",)
@@ -318,7 +318,7 @@ def build(problem: Problem, config: Config) -> Run:
     space = tiles * (words + columns + 2) * queries + tall * (queries + words) + columns * deep
     size = -(-space // 16) * 64  # bytes, whole cache lines
     tasks = heads * -(-every // tiles)
-    scratch = torch.empty(min(tasks, threads()) * size // 4, dtype=torch.float32)
+    scratch = torch.empty(slots(tasks) * size // 4, dtype=torch.float32)
     factor = LOG2E / math.sqrt(d)
     kernel = parallel(ARGUMENTS, (compiled(problem.precision, rows, queries, dot), tasks))
 

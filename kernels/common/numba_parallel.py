@@ -29,15 +29,20 @@ from rooftune.kernels.common.numba import LINE, threads
 WORD = 8  # bytes of an argument in memory
 KINDS = {"int64": ("q", ir.IntType(64)), "float32": ("f4x", ir.FloatType())}
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
-SIGNATURE = "void(int64, int64, int64, int64, int64)"  # of the loop
+SIGNATURE = "void(int64, int64, int64, int64)"  # of the loop
 
 Job = Any  # numba's C function of (address of the arguments, task, slot)
+
+
+def slots(tasks: int) -> int:
+    """How many slots so many tasks have: what a job's scratch memory is made for."""
+    return min(threads(), tasks)
 
 
 def job(function: Callable[[Any, Any, Any], None]) -> Job:
     """Compile function(arguments, task, slot) now: `arguments` is an address that `arguments_of` reads.
 
-    No two tasks of a slot run at once: scratch memory is a slot's. There are as many as threads, or tasks if fewer.
+    No two tasks of a slot run at once: scratch memory is a slot's.
     """
     return numba.cfunc("void(int64, int64, int64)", **OPTIONS)(function)
 
@@ -106,7 +111,7 @@ def _peek(context: Any, address: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-_step, _frame = (arguments_of(*["int64"] * count) for count in (2, 4))
+_step, _frame = (arguments_of(*["int64"] * count) for count in (3, 4))
 
 
 @numba.njit(**OPTIONS)
@@ -122,14 +127,13 @@ def _work(frame: Any, slot: Any) -> None:
                 _call(function, arguments, task, slot)
 
 
-def _run(steps: Any, count: Any, arguments: Any, frame: Any, most: Any) -> None:
-    """Each step is the address of a job and the number of its tasks; the next begins when all are done.
+def _run(steps: Any, count: Any, arguments: Any, frame: Any) -> None:
+    """Each step is the address of a job, the number of its tasks and of its slots; the next begins when all are done.
 
     The frame is all that the parallel loop is given, for each value takes it time: what `_work` needs, then counters.
     """
     for number in range(count):
-        function, tasks = _step(steps + 2 * WORD * number)
-        slots = min(most, tasks)
+        function, tasks, slots = _step(steps + 3 * WORD * number)
         _write(frame, function)
         _write(frame + WORD, tasks)
         _write(frame + 2 * WORD, slots)
@@ -160,8 +164,9 @@ def parallel(kinds: Sequence[str], *steps: tuple[Job, int]) -> Callable[..., Non
     Several threads may call it at once, if the jobs' own memory allows it.
     """
     pack_into = struct.Struct("=" + "".join(KINDS[kind][0] for kind in kinds)).pack_into
-    loop, count, most = _loop(), len(steps), threads()
-    table = (ctypes.c_int64 * (2 * count))(*(word for made, tasks in steps for word in (made.address, tasks)))
+    loop, count, lines = _loop(), len(steps), threads() + 2  # of a frame: what `_work` needs, counters, alignment
+    words = (word for made, tasks in steps for word in (made.address, tasks, slots(tasks)))
+    table = (ctypes.c_int64 * (3 * count))(*words)
     place = ctypes.addressof(table)
     spare: list[tuple[Any, int, int]] = []  # memory of a call: making it anew would take 0.3 us of each
 
@@ -169,11 +174,11 @@ def parallel(kinds: Sequence[str], *steps: tuple[Job, int]) -> Callable[..., Non
         try:
             memory, address, frame = spare.pop()
         except IndexError:  # the first call, or one beside another
-            memory = ctypes.create_string_buffer(len(kinds) * WORD + (most + 2) * LINE)
+            memory = ctypes.create_string_buffer(len(kinds) * WORD + lines * LINE)
             address = ctypes.addressof(memory)
             frame = -(-(address + len(kinds) * WORD) // LINE) * LINE
         pack_into(memory, 0, *arguments)
-        loop(place, count, address, frame, most)
+        loop(place, count, address, frame)
         spare.append((memory, address, frame))
 
     call.keeps = steps, table  # type: ignore[attr-defined]  # their addresses are in use

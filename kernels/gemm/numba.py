@@ -13,7 +13,7 @@ from rooftune.core import Config, Problem, Space
 from rooftune.kernels.common.numba import ITEM, LINE, threads
 from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, vector_width
 from rooftune.kernels.common.numba_epilogue import column_sums, finish
-from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
+from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
 from rooftune.kernels.common.numba_thin import columns_at_once, dots
 from rooftune.kernels.common.numba_tile import Format, format_of, pack, tile, touch
 
@@ -290,7 +290,6 @@ def build(problem: Problem, config: Config) -> Run:
         height = -(-a_panels // (-(-blocks // threads()) * threads()))
         blocks = -(-a_panels // height)
     split = max(1, min(b_panels, -(-threads() // blocks)))
-    slots = min(threads(), blocks * split)
     room = -(-b_panels // split) * height if words > depth else 1
     b_along_k = flags[0][1] == "t"
     jobs = [(packing(form, columns, b_along_k), b_panels if b_along_k else -(-words // SWEEP))]
@@ -301,10 +300,10 @@ def build(problem: Problem, config: Config) -> Run:
     workspace = [
         torch.empty(size, dtype=torch.int32)
         for size in (
-            slots * height * rows * depth,
+            slots(blocks * split) * height * rows * depth,
             b_panels * columns * words,
             b_panels * columns if FORMATS[problem.precision].exact else 1,
-            slots * room * rows * columns,
+            slots(blocks * split) * room * rows * columns,
         )
     ]
 

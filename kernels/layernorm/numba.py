@@ -29,7 +29,7 @@ def _default(problem: Problem) -> Config:
     return {
         "unroll": 2 if short else 8,
         "rows": 4 if short else 1,
-        "tasks_per_thread": 4,
+        "tasks_per_thread": 4,  # what a slow thread leaves is taken over; 1, 2, 4 and 8 are equal on two even cores
         "store": "stream" if large else "cached",
         "prefetch": "next",
     }
