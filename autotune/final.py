@@ -18,7 +18,8 @@ from rooftune.results import statistics
 
 FINALISTS = 3
 METERED = 6  # finalists where joules decide: the search ranked them by time, and each costs a minute
-ROUNDS = 12  # of each of the two stages; at least 10, so that a 95 % interval is not the whole range
+ROUNDS = 12  # of each of the two stages
+LEAST = 10  # of them, so that a 95 % interval is not the whole range
 MARGIN = 1.005  # a config must be faster by more than this, as `compare` counts changes (0.5 %)
 
 

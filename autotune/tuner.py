@@ -192,7 +192,7 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
     # What was cut as slower may still be the most frugal; and where all were, fresh rounds have the last word.
     whole = [t for t in ran if not t.cut] if objective == "time" else ran
     best = [t.config for t in whole or ran[:1]][: final.FINALISTS if objective == "time" else final.METERED]
-    timing = replace(job.timing, rounds=max(job.timing.rounds, 10))
+    timing = replace(job.timing, rounds=max(job.timing.rounds, final.LEAST))
     end = final.decide(job.lab, job.impl, job.problem, default, best, timing, job.event, objective, energy)
     failed: dict[str, int] = {}
     for trial in trials.values():

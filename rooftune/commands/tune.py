@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rooftune import race, registry
-from rooftune.autotune import dispatch, formats, nearest, precisions, ranking, search, tuner
+from rooftune.autotune import dispatch, final, formats, nearest, precisions, ranking, search, tuner
 from rooftune.autotune.formats import Tuning
 from rooftune.autotune.job import Job
 from rooftune.autotune.limits import EFFORTS, Budget
@@ -31,7 +31,6 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
         from rooftune.commands.simulate import simulated
 
         return simulated(chosen)
-    common.options(chosen)
     common.check_targets(chosen)
     loaded = common.users(chosen)
     name = common.device_name(chosen)
@@ -67,7 +66,7 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
 
 @dataclass(frozen=True)
 class Plan:
-    """How hard to look and for what, as the options say."""
+    """How hard to look, for what and how to time, as the options say."""
 
     search: str
     budget: Budget
@@ -76,14 +75,18 @@ class Plan:
     shared: bool
     weights: dict[str, float]
     history: list[Tuning]
+    timing: race.Options
 
     @classmethod
     def of(cls, chosen: argparse.Namespace) -> Plan:
         """Read the options; complains before the device is touched.
 
         Raises:
-            UsageError: unknown search, or a budget or weight that is not understood.
+            UsageError: unknown search, a budget or weight that is not understood, a number out of range.
         """
+        timing = common.options(chosen)
+        if timing.rounds < final.LEAST:
+            raise UsageError(f"--rounds {timing.rounds}: the final decides by at least {final.LEAST}")
         name = chosen.search
         budget = EFFORTS[chosen.effort] if chosen.effort else Budget.parse(tuner.DEFAULT_BUDGET)
         if chosen.effort == "exhaustive":
@@ -99,7 +102,8 @@ class Plan:
             weights[str(registry.problem(problem))] = float(number)
         seed = chosen.seed or 0  # part of the journal's key: a drawn seed would never find its journal again
         history = [tuning for path in chosen.history for tuning in formats.load(Path(path))]
-        return cls(name, budget, chosen.objective, seed, chosen.share or bool(weights), weights, history)
+        shared = chosen.share or bool(weights)
+        return cls(name, budget, chosen.objective, seed, shared, weights, history, timing)
 
 
 def _tune_all(
@@ -119,6 +123,7 @@ def _tune_all(
                 plan.search,
                 plan.seed,
                 identity=session.about["identity"],
+                options=plan.timing,
                 start=tuner.winners_nearby(Table(), impl, problem),
                 prior=ranking.ranker(impl, problem, gpu),
                 history=plan.history,
@@ -259,6 +264,7 @@ def _precisions(
         objective=plan.objective,
         history=plan.history,
         identity=session.about["identity"],
+        options=plan.timing,
         event=lambda kind, text: session.say(f"{shape} {text}"),
     )
     session.clear()

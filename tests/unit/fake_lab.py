@@ -57,6 +57,7 @@ class FakeLab:
         self.thorough: list[Config] = []
         self.retired = 0
         self.calls: list[int] = []
+        self.timings: list[dict[str, Any]] = []  # how each call was to be timed
         self.drift = 1.0
 
     @property
@@ -89,6 +90,7 @@ class FakeLab:
         if config is None:
             return Reply(Status.FAILED_CRASH, "its worker is gone")
         self.calls.append(handle)
+        self.timings.append(options)
         if ended := self.fate("time", config):
             if ended.status != Status.WRONG:  # only a wrong output leaves the worker alive
                 self.live.clear()

@@ -108,6 +108,9 @@ def test_without_a_sensor_one_line_says_so_and_nothing_is_measured(
     ]
 
 
-@pytest.mark.parametrize("arguments", [["--search", "magic"], ["--budget", "soon"], ["--weight", "softmax=much"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--search", "magic"], ["--budget", "soon"], ["--weight", "softmax=much"], ["--rounds", "6"], ["--clock", "cpu"]],
+)
 def test_what_is_not_understood_is_refused_before_the_device_is_touched(arguments: list[str]) -> None:
     assert bench.main(["tune", "softmax", "-q", *arguments]) == ExitCode.USAGE

@@ -94,6 +94,16 @@ def test_one_budget_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert counts[1] > counts[0]
 
 
+@pytest.mark.parametrize("precisions", [[], ["--max-error", "1e-2"]])
+def test_it_times_as_it_is_told_to(precisions: list[str]) -> None:
+    how = ["--cache", "cold", "--clock", "cpu", "--threads", "1", "--samples", "3", "--min-sample-ms", "0.5"]
+    assert ran(SHAPES[0], "--budget", "3", "--rounds", "14", *how, *precisions) == ExitCode.OK
+    timings = Sitting.fakes[0].timings
+    told = {"cache": "cold", "clock": "cpu", "samples": 3, "min_sample_s": 0.5e-3}
+    assert [{name: t[name] for name in told} for t in timings] == [told] * len(timings)
+    assert len(timings) >= 2 * 2 * 14  # two stages of the final, with two configs at least
+
+
 def test_effort_sets_search_and_budget() -> None:
     assert ran(SHAPES[0], "--effort", "exhaustive") == ExitCode.OK
     assert len({json.dumps(c) for c in Sitting.fakes[0].prepared}) == 48
