@@ -13,11 +13,12 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 if not __package__:  # run as a file: the checkout is the import path, and `bench` is not our name
     sys.path[0] = str(Path(__file__).resolve().parent)
 
-from rooftune.core import ExitCode, RooftuneError, Unavailable, UsageError
+from rooftune.core import ExitCode, RooftuneError, Unavailable, UsageError, unknown
 
 EXAMPLES = """examples:
   python bench.py                                   what is here, what is missing, what to do next
@@ -56,9 +57,16 @@ def _add_output_options(verb: argparse.ArgumentParser, forms: Sequence[str] = ("
     verb.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; next: {self.prog} --help")
+
+
+def parser() -> Parser:
     """All verbs and options; imports nothing heavy."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="bench.py" if not __package__ else "rooftune",
         description="Race competing kernels, tune them to the hardware's roof, tell the truth about the result.",
         epilog=EXAMPLES,
@@ -92,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--rounds", type=int, default=12, help="of each stage of the final (at least 10)")
     tune.add_argument("--min-sample-ms", type=float, default=1.0, help="shortest sample, by repeating the call")
     _add_device_options(tune)
-    _add_output_options(tune)
+    _add_output_options(tune, ("json",))
     tune.add_argument("--budget", default="", help="per problem and competitor: 60s (the default), 5m or 200 (configs)")
     tune.add_argument("--effort", choices=("", "quick", "full", "exhaustive"), default="",
                       help="instead of a budget: 30 s or 40 configs, 10 min or 400, every config")  # fmt: skip
@@ -110,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     best = verb("best", "what production should use for a problem, and why")
     best.add_argument("what", nargs="+", metavar="PROBLEM")
     _add_device_options(best)
-    _add_output_options(best)
+    _add_output_options(best, ("json",))
     export = verb("export", "the winners as a package without rooftune, or recorded tunings in another tool's format")
     export.add_argument("what", nargs="*", metavar="OP|PROBLEM|FILE", help="default: all measured on this device")
     export.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
@@ -130,11 +138,11 @@ def parser() -> argparse.ArgumentParser:
     block.add_argument("--rounds", type=int, default=10)
     block.add_argument("--seed", type=int, default=None)
     _add_device_options(block)
-    _add_output_options(block)
+    _add_output_options(block, ("json",))
     compare = verb("compare", "verdict per cell of two stored runs")
     compare.add_argument("base", metavar="A", help="run id, file, or latest~1")
     compare.add_argument("cand", metavar="B", help="run id, file, or latest")
-    _add_output_options(compare)
+    _add_output_options(compare, ("json", "junit"))
     check = verb("check", "the CI gate: measure a baseline's cells again and give a verdict")
     check.add_argument("--baseline", required=True, metavar="FILE")
     check.add_argument("--current", metavar="FILE", help="judge this stored run instead of measuring")
@@ -142,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--inconclusive", choices=("fail", "pass"), default="fail", help="pass: exit 0 instead of 3")
     check.add_argument("--format", choices=("auto", "text", "github"), default="auto")
     _add_device_options(check)
-    _add_output_options(check)
+    _add_output_options(check, ("json", "junit"))
     static = verb("static", "registers, spills, occupancy and tensor-core instructions, no GPU needed; exit 1 if worse")
     static.add_argument("what", nargs="*", metavar="OP|IMPL|PROBLEM", help="gemm, gemm/triton, softmax[m=64,n=512]")
     static.add_argument("--arch", default="", help="sm_80,sm_90a,sm_100a,sm_120a (all of them)")
@@ -215,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, _terminate)
     verbose = False
     try:
-        chosen = parser().parse_args(arguments)
+        chosen = _parsed(arguments)
         verbose = chosen.verbose
         from rooftune import commands
 
@@ -231,6 +239,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the arguments say.
+
+    Raises:
+        UsageError: not understood.
+    """
+    top = parser()
+    chosen, others = top.parse_known_args(arguments)
+    if others:
+        _refuse(top, chosen.verb, others[0].partition("=")[0])
+    return chosen
+
+
+def _refuse(top: Parser, name: str | None, given: str) -> NoReturn:
+    """Say what was not understood, and what would be."""
+    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    verb = verbs.get(name or "", top)
+    if given.startswith("-"):
+        known = [o for a in verb._actions for o in a.option_strings]
+        raise unknown("option", given, known, f"next: {verb.prog} --help")
+    raise UsageError(f"'{given}': nothing is expected there; next: {verb.prog} --help")
 
 
 def _terminate(signum: int, _: object) -> None:

@@ -25,9 +25,6 @@ STEP_ROUNDS = 6  # of the race between a step's competitors; the layer itself is
 
 def block(chosen: argparse.Namespace) -> ExitCode:
     """Race the layer's operators, compose the layer, check it against float64, time it."""
-    for form in ("csv", "md", "junit"):
-        if getattr(chosen, form):
-            raise UsageError(f"--{form} is for records of runs; a block goes to --json")
     common.check_targets(chosen)
     for name in ("rounds", "batch", "seq", "dim_scale"):
         value = getattr(chosen, name)

@@ -58,15 +58,12 @@ def check(chosen: argparse.Namespace) -> ExitCode:
 
 
 def _write_cells(chosen: argparse.Namespace, cells: Sequence[Cell]) -> None:
-    """`--json` and `--junit` of verdicts; the other forms are for records."""
+    """`--json` and `--junit` of verdicts."""
     import json
     from dataclasses import asdict
 
     from rooftune.results import export
 
-    for form in ("csv", "md"):
-        if getattr(chosen, form):
-            raise UsageError(f"--{form} is for records: export the runs themselves; verdicts go to --json or --junit")
     texts: dict[str, Callable[[], str]] = {
         "json": lambda: "".join(json.dumps(asdict(c)) + "\n" for c in cells),
         "junit": lambda: export.junit(cells),

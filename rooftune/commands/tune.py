@@ -285,9 +285,6 @@ def _precisions(
 
 def write(chosen: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(r) + "\n" for r in results)
-    for form in ("csv", "md", "junit"):
-        if getattr(chosen, form, None):
-            raise UsageError(f"--{form} is for records of runs; tuning results go to --json")
     if chosen.json == "-":
         sys.stdout.write(text)
     elif chosen.json:

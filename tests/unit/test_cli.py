@@ -41,6 +41,9 @@ BAD = {
     "no such model": (["block", "--model", "gpt5"], "gpt5"),
     "cpu clock of many threads": (["run", "softmax", "--clock", "cpu", "--threads", "2"], "--threads 1"),
     "no threads": (["run", "softmax", "--threads", "0"], "--threads must be positive, not 0"),
+    "unknown option": (["tune", "softmax", "--csv", "x"], "unknown option '--csv'; known: --budget, "),
+    "one word too many": (["compare", "a", "b", "c"], "'c': nothing is expected there; next: bench.py compare --help"),
+    "no problem": (["best"], "required: PROBLEM; next: bench.py best --help"),
     "bad environment": (["run", "softmax"], "ROOFTUNE_CACHE=lukewarm"),
 }
 
