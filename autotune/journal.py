@@ -133,7 +133,8 @@ class Journal:
         self.final = None
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Keep the verdict."""
+        """Keep the verdict; where the journal lies is not part of it, for it may be moved."""
+        result = {name: value for name, value in result.items() if name != "journal"}
         self.log.append({"kind": "tune", "event": "final", "key": self.key, "result": result, "unix_time": time.time()})
         self.final = result
 

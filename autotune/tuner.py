@@ -175,7 +175,7 @@ def conclude(
             job.event(
                 "journal", f"{journal.path}: this budget is spent and decided; a larger --budget goes on from here"
             )
-        result = TuneResult(**{**journal.final, "resumed": journal.resumed})
+        result = TuneResult(**{**journal.final, "journal": str(journal.path), "resumed": journal.resumed})
     else:
         result = _conclude(job, objective, energy)
         journal.finish(result.as_json())

@@ -232,6 +232,9 @@ def test_a_spent_budget_is_answered_from_the_journal(tmp_path: Path) -> None:
     result = run(again, path, "12")
     assert again.prepared == []
     assert result.as_json() == {**first.as_json(), "resumed": 12}
+    moved = path.rename(tmp_path / "moved.jsonl")
+    assert run(FakeLab(), moved, "12").journal == str(moved)
+    assert str(tmp_path) not in moved.read_text()
 
 
 def test_another_key_starts_afresh_and_says_what_changed(tmp_path: Path) -> None:
