@@ -113,7 +113,8 @@ def stale(records: Iterable[Record]) -> dict[str, str]:
     return found
 
 
-def _record(impl: Impl, problem: Problem, config: Config, evidence: Evidence, reply: Reply) -> Record:
+def record_of(impl: Impl, problem: Problem, config: Config, evidence: Evidence, reply: Reply) -> Record:
+    """What became of the default config of a competitor, as a row without a time."""
     return Record(
         problem=str(problem),
         op=problem.op,
@@ -133,29 +134,29 @@ def _record(impl: Impl, problem: Problem, config: Config, evidence: Evidence, re
 def emulate(lab: Lab, impl: Impl, problem: Problem, seed: int, thorough: bool = True) -> Record:
     """Check the kernel on a CPU; `thorough` adds ragged shapes and adversarial values."""
     if impl.missing:
-        return _record(impl, problem, {}, Evidence.EMULATED, Reply(Status.SKIPPED, impl.missing))
+        return record_of(impl, problem, {}, Evidence.EMULATED, Reply(Status.SKIPPED, impl.missing))
     if not impl.emulates:
-        return _record(impl, problem, {}, Evidence.EMULATED, Reply(Status.SKIPPED, "has no emulate()"))
+        return record_of(impl, problem, {}, Evidence.EMULATED, Reply(Status.SKIPPED, "has no emulate()"))
     try:
         config = lab.space(impl, problem, "emulate")["default"]
     except UsageError as error:
-        return _record(impl, problem, {}, Evidence.EMULATED, Reply(Status.FAILED_COMPILE, str(error)))
+        return record_of(impl, problem, {}, Evidence.EMULATED, Reply(Status.FAILED_COMPILE, str(error)))
     reply = lab.ask(
         impl, "prepare", EMULATE_S, "emulate", problem=str(problem), config=config, seed=seed, thorough=thorough
     )
-    return _record(impl, problem, config, Evidence.EMULATED, reply)
+    return record_of(impl, problem, config, Evidence.EMULATED, reply)
 
 
 def compile_all(lab: Lab, impl: Impl, problem: Problem, archs: Sequence[str] = ARCHITECTURES) -> Record:
     """Compile the default config for every architecture; `resources` holds a row each, or why there is none."""
     if impl.missing:
-        return _record(impl, problem, {}, Evidence.COMPILED, Reply(Status.SKIPPED, impl.missing))
+        return record_of(impl, problem, {}, Evidence.COMPILED, Reply(Status.SKIPPED, impl.missing))
     if not impl.compiles:
-        return _record(impl, problem, {}, Evidence.COMPILED, Reply(Status.SKIPPED, "has no compile_for()"))
+        return record_of(impl, problem, {}, Evidence.COMPILED, Reply(Status.SKIPPED, "has no compile_for()"))
     try:
         config = lab.space(impl, problem, "compile")["default"]
     except UsageError as error:
-        return _record(impl, problem, {}, Evidence.COMPILED, Reply(Status.FAILED_COMPILE, str(error)))
+        return record_of(impl, problem, {}, Evidence.COMPILED, Reply(Status.FAILED_COMPILE, str(error)))
     rows = []
     for arch in archs:
         reply = lab.ask(impl, "compile", COMPILE_S, "compile", problem=str(problem), config=config, arch=arch)
@@ -166,7 +167,7 @@ def compile_all(lab: Lab, impl: Impl, problem: Problem, archs: Sequence[str] = A
     telling = failed or (skipped if len(skipped) == len(rows) else [])
     reason = "; ".join(f"{r['arch']}: {r['reason']}" for r in (failed or skipped))
     status = Reply(Status(telling[0]["status"]) if telling else Status.OK, reason)
-    record = _record(impl, problem, config, Evidence.COMPILED, status)
+    record = record_of(impl, problem, config, Evidence.COMPILED, status)
     record.resources = rows
     return record
 

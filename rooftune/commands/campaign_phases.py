@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 
 from rooftune import evidence, race, registry, static
 from rooftune.autotune import ranking
@@ -184,20 +185,7 @@ def _uncertainty(standing: evidence.Standing) -> float:
 
 
 def _checked(impl: Impl, problem: Problem, config: Config, reply: Reply) -> Record:
-    return Record(
-        problem=str(problem),
-        op=problem.op,
-        shape=problem.shape,
-        precision=problem.precision,
-        impl=impl.key,
-        config=config,
-        default=True,
-        status=reply.status,
-        reason=reply.reason,
-        error=reply.data.get("error"),
-        source_hash=impl.source_hash,
-        regime={"phase": "check"},
-    )
+    return replace(evidence.record_of(impl, problem, config, Evidence.MEASURED, reply), regime={"phase": "check"})
 
 
 def _digest(parts: Iterable[str]) -> str:

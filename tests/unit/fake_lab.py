@@ -7,12 +7,16 @@ import importlib
 import random
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from rooftune import registry
+from rooftune.autotune.table import Table
+from rooftune.autotune.tuner import TuneResult, tune
 from rooftune.core import Config, Problem, Status
 from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
+from rooftune.results.store import Log
 
 AXES: dict[str, tuple[Any, ...]] = {"block_m": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8), "unroll": (1, 2, 4)}
 DEFAULT: Config = {"block_m": 16, "num_warps": 1, "unroll": 1}
@@ -113,3 +117,17 @@ class FakeLab:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         yield
+
+
+HERE = {"kind": "cpu", "name": "test"}
+
+
+def run(fake: FakeLab, path: Path, budget: str = "20", **options: Any) -> TuneResult:
+    """Tune with the table beside the journal."""
+    options = {"identity": HERE, "table": Table(path.with_name("tuned.json")), **options}
+    return tune(fake.lab, IMPL, PROBLEM, budget, journal_path=path, **options)
+
+
+def config_lines(path: Path) -> list[dict[str, Any]]:
+    """The outcomes in a journal."""
+    return [line["trial"] for line in Log(path).read()[0] if line["event"] == "config"]

@@ -10,8 +10,7 @@ from typing import Any, cast
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_lab import BEST, DEFAULT, IMPL, PROBLEM, FakeLab
-from test_tuner import HERE, config_lines
+from fake_lab import BEST, DEFAULT, HERE, IMPL, PROBLEM, FakeLab, config_lines
 
 from rooftune import registry
 from rooftune.autotune import ahead, job, tuner

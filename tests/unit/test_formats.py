@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_lab import AXES, BEST, DEFAULT, FakeLab, cost
-from test_tuner import run
+from fake_lab import AXES, BEST, DEFAULT, FakeLab, cost, run
 
 from rooftune import bench, registry
 from rooftune.autotune import journal, past, search, simulate

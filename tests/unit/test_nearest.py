@@ -164,9 +164,8 @@ def test_a_shared_budget_ends_when_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_shape_of_reads_a_journals_outcomes(tmp_path: Path) -> None:
-    from fake_lab import BEST, IMPL
+    from fake_lab import BEST, IMPL, run
     from fake_lab import DEFAULT as PLAIN
-    from test_tuner import run
 
     from rooftune.autotune.job import Job
 

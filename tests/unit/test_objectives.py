@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_lab import BEST, DEFAULT, IMPL, PROBLEM, FakeLab, cost
-from test_tuner import HERE, run
+from fake_lab import BEST, DEFAULT, HERE, IMPL, PROBLEM, FakeLab, cost, run
 
 from rooftune import bench, sensors
 from rooftune.autotune.precisions import Point, front, input_error, tune_precisions
