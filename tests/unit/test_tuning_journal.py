@@ -71,7 +71,6 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from fake_lab import IMPL, PROBLEM, FakeLab
-from rooftune.autotune.table import Table
 from rooftune.autotune.tuner import tune
 tune(FakeLab(sleep_s=0.02).lab, IMPL, PROBLEM, "48", journal_path=Path({path!r}), identity={here!r})
 """
