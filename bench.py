@@ -97,6 +97,7 @@ def parser() -> Parser:
     run.add_argument("--dry-run", action="store_true", help="print the plan")
     tune = verb("tune", "search configs and precisions; keep a winner only if it beats the default")
     _add_race_options(tune)
+    tune.set_defaults(launches=1)  # its final has fresh processes of its own
     tune.add_argument("--rounds", type=int, default=12, help="of each stage of the final (at least 10)")
     tune.add_argument("--min-sample-ms", type=float, default=1.0, help="shortest sample, by repeating the call")
     _add_device_options(tune)

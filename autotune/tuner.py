@@ -45,6 +45,7 @@ class TuneResult:
         search_speedup: what the search had measured for the winner; `luck` = search_speedup / speedup - 1.
         rel_fro: relative Frobenius error of `config` in the thorough check.
         joules: of `config` per call, where the objective needed them; None otherwise.
+        cache: its state in what was timed.
         measured, failed, resumed: configs with an outcome; those without a time; those from an earlier run.
     """
 
@@ -72,6 +73,12 @@ class TuneResult:
     failures: dict[str, int] = field(default_factory=dict)
     objective: str = "time"
     joules: float | None = None
+    cache: str = "hot"
+
+    @property
+    def enters(self) -> bool:
+        """Whether it belongs in the tuned table, which promises time as `best` compares it: with a hot cache."""
+        return self.better and self.objective == "time" and self.cache == "hot"
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -105,7 +112,7 @@ def tune(
         objective: what the final decides by; `energy` (joules a call) and `edp` (joules times seconds) need a
             sensor. The search itself minimises time: a figure in joules takes a minute per config.
         energy: measure the joules of the best few in any case; the objective decides alone.
-        table: where a winner goes; the default table if not given. It promises time, so only `time` enters it.
+        table: where a winner goes, if it `enters`; the default table if not given.
     Raises:
         UsageError: unknown search or objective, no valid config, a default that breaks a constraint.
         Unavailable: the competitor cannot run here, or stopped running; or no sensor for the objective.
@@ -179,7 +186,7 @@ def conclude(
     else:
         result = _conclude(job, objective, energy)
         journal.finish(result.as_json())
-    if result.better and objective == "time":
+    if result.enters:
         (table or Table()).put(entry(result, job.problem, job.what))
     return result
 
@@ -226,6 +233,7 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
         resumed=journal.resumed,
         failures=failed,
         objective=objective,
+        cache=job.timing.cache,
         joules=_joules(winner if winner and end.better else end.default),
     )
 

@@ -95,17 +95,16 @@ def options(chosen: argparse.Namespace) -> race.Options:
     Raises:
         UsageError: a number out of range.
     """
-    launches = getattr(chosen, "launches", 1)  # `tune` has no such option
     for name in ("rounds", "launches", "samples", "min_sample_ms"):
-        if getattr(chosen, name, 1) <= 0:
+        if getattr(chosen, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, not {getattr(chosen, name)}")
-    if launches > chosen.rounds:
-        raise UsageError(f"--launches {launches} needs at least as many --rounds ({chosen.rounds})")
+    if chosen.launches > chosen.rounds:
+        raise UsageError(f"--launches {chosen.launches} needs at least as many --rounds ({chosen.rounds})")
     if chosen.clock == "cpu" and chosen.threads != 1:
         raise UsageError("--clock cpu counts the CPU time of the whole process: it needs --threads 1")
     return race.Options(
         rounds=chosen.rounds,
-        launches=launches,
+        launches=chosen.launches,
         samples=chosen.samples,
         min_sample_s=chosen.min_sample_ms / 1e3,
         cache=chosen.cache,

@@ -175,6 +175,8 @@ def _neighbours(
         problem = jobs[number].problem
         groups.setdefault((jobs[number].impl, problem.precision, problem.flags), []).append(number)
     changed: dict[int, TuneResult] = {}
+    if plan.timing.cache != "hot":  # the rule is for the table, which these results do not enter
+        return changed
     table = Table()
     for (impl, precision, _), numbers in groups.items():
         if len(numbers) < nearest.LEAST:
@@ -230,7 +232,11 @@ def show(result: TuneResult, console: Any) -> None:
             f"(the search had seen {result.search_speedup or 0:.3f}x)",
             markup=False,
         )
-    kept = "kept: entered in the tuned table" if result.better else f"not kept: {result.reason}; the default stays"
+    kept = f"not kept: {result.reason}; the default stays"
+    if result.enters:
+        kept = "kept: entered in the tuned table"
+    elif result.better:
+        kept = "better, but not entered in the tuned table: that is for time with a hot cache"
     console.print(f"  {kept}", style="green" if result.better else "dim", markup=False)
     console.print(f"  journal: {result.journal}", style="dim", markup=False)
 

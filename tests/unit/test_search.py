@@ -197,9 +197,6 @@ def test_recorded_spaces_of_real_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(warm) > 0.93
 
 
-# --- tpe ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_tenth_of_our_own_recorded_space_is_enough() -> None:
     """Every config of the Numba product, as measured on a CPU. Its three fastest lie within 1 %, and a value is known
@@ -213,6 +210,9 @@ def test_a_tenth_of_our_own_recorded_space_is_enough() -> None:
     assert None not in reached, reached
     chance = [simulate.replay(tuning, "random", tenth, seed).reached(least) or 2 * tenth for seed in range(25)]
     assert np.median(reached) < np.median(chance)
+
+
+# --- tpe ------------------------------------------------------------------------------------------------------------
 
 
 def test_tpe_without_optuna_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

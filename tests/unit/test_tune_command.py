@@ -104,6 +104,14 @@ def test_it_times_as_it_is_told_to(precisions: list[str]) -> None:
     assert len(timings) >= 2 * 2 * 14  # two stages of the final, with two configs at least
 
 
+def test_winners_with_a_cold_cache_do_not_enter_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran(*SHAPES, "--budget", "48", "--search", "random", "--cache", "cold") == ExitCode.OK
+    out = capsys.readouterr().out
+    assert out.count("better, but not entered in the tuned table: that is for time with a hot cache") == 4
+    assert "held-out" not in out
+    assert Table().entries() == []
+
+
 def test_effort_sets_search_and_budget() -> None:
     assert ran(SHAPES[0], "--effort", "exhaustive") == ExitCode.OK
     assert len({json.dumps(c) for c in Sitting.fakes[0].prepared}) == 48
