@@ -24,6 +24,7 @@ from rooftune.core import Config, Unavailable, unknown
 
 STARTS = 8  # diverse configs before the model takes over
 KNOWN = 4  # configs that what is known beforehand expects to be fastest, before others
+WARM = 10  # configs until histories have said what they know: a bad one may cost a tenth of 100
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,12 @@ def surrogate(space: SearchSpace, rng: np.random.Generator) -> Search:
     A diverse start, half of it with powers of two for sizes, then two Gaussian processes and a forest judge
     candidates: configs one or two axes from the best ones, and random ones. Every second step stays close to the best,
     where all vote: one axis from it, or two once that was in vain. Between them the processes lead by turns. Failed
-    configs lower the chance of those like them. Where something is known beforehand, the configs it expects to be
-    fastest come first, and then the diverse ones every second step: they find out whether it is true here.
+    configs lower the chance of those like them.
+
+    Where something is known beforehand, the configs it expects to be fastest come first, then what the processes make
+    of it and the first outcomes, and the diverse ones after WARM configs. Histories end there for the processes: what
+    they know is found by then, and where they are wrong (the best config of an A100 is 414th on an A6000) a process
+    that trusts them looks in their region only.
     """
     features = Features(list(space.axes.values()), space.index)
     known = trend(features, space.history, space.prior)
@@ -193,13 +198,10 @@ def surrogate(space: SearchSpace, rng: np.random.Generator) -> Search:
     planned = _first(space.start, starts if known is None else known.firsts[:KNOWN])
     later = [] if known is None else starts
     while model.free.any():
-        later = [row for row in later if model.free[row]]
-        if planned:
-            row = planned.pop(0)
-        elif later and len(model.tried) % 2 == 0:
-            row = later.pop(0)
-        else:
-            row = model.propose()
+        if not planned and later and len(model.tried) >= WARM:
+            planned, later = [row for row in later if model.free[row]], []
+            model.forget()
+        row = planned.pop(0) if planned else model.propose()
         model.tell(row, _value((yield space.config(row))))
 
 

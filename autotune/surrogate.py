@@ -18,7 +18,8 @@ STEPS = 30, 12  # gradient steps per fit, with few outcomes and with MANY: fits 
 MANY = 50
 GLOBAL, PAIRS = 600, 400  # candidates a step: random ones, and ones two axes away from the best
 FAR = 3  # axes: a config that differs on as many lies in another region
-MISSES, RADIUS = 4, 2  # so many steps close to the best in vain, and one axis farther counts as close; up to so many
+MISSES = 4  # steps close to the best in vain, after which the search looks farther away: see `_close`
+RADIUS = 2  # most axes on which a config close to the best differs from it
 NEIGHBOURS = 1500  # most candidates close to the best
 SLOW = 0.75  # quantile of log times above which they are compressed
 EXPECTED = 200  # candidates a step that a trend expects to be fast
@@ -44,10 +45,11 @@ class Surrogate:
         self._processes = [Process(features, joint, slope) for joint in (False, True)]
         self._units = [(0.0, 1.0), (0.0, 1.0)]  # middle and deviation of the targets of each
         self._mixed = features.mixed if trend is None else np.hstack([features.mixed, trend.columns])
-        self._expected = np.argsort(np.zeros(0) if trend is None else trend.mean, kind="stable")
+        self._expected = _expected(trend)
         self._forest: Forest | None = None
         self._step = 0
         self._misses = 0  # steps close to the best, since it was found
+        self._pause = 0  # the step from which on one may be close again
         self.tried: list[int] = []
         self.logs: list[float] = []
         self.free = np.ones(len(index), dtype=bool)
@@ -56,10 +58,19 @@ class Surrogate:
         """Take in what a row took; infinite if it failed."""
         log = math.log(value) if value > 0 else math.inf
         if log < min(self.logs, default=math.inf):
-            self._misses = 0
+            self._misses = self._pause = 0
         self.free[row] = False
         self.tried.append(row)
         self.logs.append(log)
+
+    def forget(self) -> None:
+        """From now on the processes judge without histories; the forest keeps them, and uses what explains outcomes."""
+        if self._trend is None or not self._trend.histories:
+            return
+        self._trend = self._trend.without_histories()
+        slope = None if self._trend is None else self._trend.slope
+        self._processes = [Process(self._features, joint, slope) for joint in (False, True)]
+        self._expected = _expected(self._trend)
 
     def propose(self) -> int:
         """The row to try next."""
@@ -73,9 +84,12 @@ class Surrogate:
         self._step += 1
         self._learn(done, targets)
         best = self._leaders(done, logs[works])
-        rows = self._close(int(best[0])) if self._step % 2 == 0 else np.zeros(0, np.int64)
+        may = self._step % 2 == 0 and self._step >= self._pause
+        rows = self._close(int(best[0])) if may else np.zeros(0, np.int64)
         close = len(rows) > 0
-        self._misses += close
+        if close:
+            self._pause = self._step + 2 * (1 + self._misses // MISSES)
+            self._misses += 1
         judges = [0, 1] if close else [self._step // 2 % 2]
         if not close:
             rows = self._candidates(best)
@@ -114,14 +128,24 @@ class Surrogate:
         return np.concatenate([order[:2], far[:1]])
 
     def _close(self, best: int) -> Rows:
-        """Rows on one axis from the best; on more, up to RADIUS, once MISSES such steps were in vain or none is left.
+        """Rows close to the best, of which the judges take one.
 
-        A best config all of whose neighbours are worse still has half of all steps: while an axis of 31 values was
-        walked to its end, nothing else was learned. Variable neighbourhood search (Mladenovic and Hansen, Computers
-        and Operations Research 24, 1997). On seven recorded spaces, 25 seeds each, 79 -> 89 % of runs reach 95 %
-        of the optimum within 100 evaluations.
+        On one axis from it; on up to RADIUS, once MISSES such steps were in vain or no row is left on one. Every second
+        such step is for the axes that were tried least beside this best config: judges that agree, and err, would leave
+        an axis untried. For every MISSES in vain the pause between such steps grows by two steps, and the others look
+        in other regions only (`_candidates`). Variable neighbourhood search (Mladenovic and Hansen, Computers and
+        Operations Research 24, 1997).
+
+        What turns of axes, pauses and other regions did together on seven recorded spaces, 48 seeds each: mean share of
+        the optimum after 50 and 100 evaluations .923 -> .935 and .980 -> .991, worst decile after 100 .93 -> .98.
         """
-        gap = self._differs(best)
+        differs = self._index != self._index[best]
+        gap = differs.sum(1)
+        beside = np.flatnonzero((gap == 1) & self.free)
+        if self._misses % 2 == 1 and len(beside):
+            tried = differs[(gap == 1) & ~self.free].sum(0)[differs[beside].argmax(1)]
+            least: Rows = beside[tried == tried.min()]
+            return least
         for radius in range(min(1 + self._misses // MISSES, RADIUS), RADIUS + 1):
             rows = np.flatnonzero((gap <= radius) & self.free)
             if len(rows):
@@ -129,7 +153,7 @@ class Surrogate:
         return rows if len(rows) <= NEIGHBOURS else np.sort(self._rng.choice(rows, NEIGHBOURS, replace=False))
 
     def _candidates(self, best: Rows) -> Rows:
-        """Rows worth judging anywhere."""
+        """Rows worth judging anywhere; in other regions only, once MISSES steps close to the best were in vain."""
         gap = np.min([self._differs(int(row)) for row in best], axis=0)
         pairs = np.flatnonzero((gap == 2) & self.free)
         some = self._rng.choice(pairs, min(PAIRS, len(pairs)), replace=False)
@@ -137,7 +161,9 @@ class Surrogate:
         expected = self._expected[self.free[self._expected]][:EXPECTED]
         rows = np.unique(np.concatenate([np.flatnonzero((gap == 1) & self.free), some, anywhere, expected]))
         rows = rows[self.free[rows]]
-        return rows if len(rows) else np.flatnonzero(self.free)
+        rows = rows if len(rows) else np.flatnonzero(self.free)
+        far = rows[self._differs(int(best[0]))[rows] >= FAR] if self._misses >= MISSES else rows
+        return far if len(far) else rows
 
     def _merit(self, rows: Rows, failed: Rows, bests: list[float], judges: list[int], close: bool) -> Array:
         """How promising rows are: close to the best all judges vote alike, elsewhere the forest has a quarter vote."""
@@ -156,6 +182,11 @@ class Surrogate:
             fails = self._processes[judges[-1]].closeness(at[rows], at[failed]).sum(1)
             merit = merit + weight * np.log(works / (works + fails))
         return merit
+
+
+def _expected(trend: Trend | None) -> Rows:
+    """Rows in the order in which a trend expects them; none without one."""
+    return np.argsort(np.zeros(0) if trend is None else trend.mean, kind="stable")
 
 
 def steep(logs: Array) -> Array:

@@ -31,17 +31,24 @@ class Trend:
         columns: [configs, sources], compressed log slow-downs.
         slope: [sources], how much each is trusted at first.
         firsts: rows worth trying first, best first.
+        histories: how many sources, the first ones, are histories.
     """
 
     columns: Array
     slope: Array
     firsts: list[int]
+    histories: int
 
     @property
     def mean(self) -> Array:
         """Expected slow-down of each config before anything is measured: [configs]."""
         out: Array = self.columns @ self.slope
         return out
+
+    def without_histories(self) -> Trend | None:
+        """What is known besides; None if nothing is."""
+        rest = slice(self.histories, None)
+        return Trend(self.columns[:, rest], self.slope[rest], [], 0) if self.histories < len(self.slope) else None
 
 
 def trend(features: Features, history: Sequence[Array], ranking: Array | None) -> Trend | None:
@@ -50,7 +57,8 @@ def trend(features: Features, history: Sequence[Array], ranking: Array | None) -
     None where nothing is known.
     """
     columns = [column for past in history if (column := _slowdown(features, np.asarray(past, dtype=float))) is not None]
-    slopes = [TRUST[0] / max(len(columns), 1)] * len(columns)
+    histories = len(columns)
+    slopes = [TRUST[0] / max(histories, 1)] * histories
     if ranking is not None and np.isfinite(ranking).any():
         place = np.argsort(np.argsort(np.where(np.isfinite(ranking), ranking, np.inf), kind="stable"), kind="stable")
         columns.append(RANKED * place / max(len(place) - 1, 1))
@@ -60,7 +68,7 @@ def trend(features: Features, history: Sequence[Array], ranking: Array | None) -
     table, slope = np.stack(columns, axis=1), np.array(slopes)
     order = np.argsort(table @ slope, kind="stable")
     own = [int(np.argmin(column)) for column in columns]
-    return Trend(table, slope, list(dict.fromkeys([int(order[0]), *own, *(int(row) for row in order[1:8])])))
+    return Trend(table, slope, list(dict.fromkeys([int(order[0]), *own, *(int(row) for row in order[1:8])])), histories)
 
 
 def _slowdown(features: Features, past: Array) -> Array | None:

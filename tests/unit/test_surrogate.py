@@ -11,7 +11,7 @@ import pytest
 from rooftune.autotune.features import Features
 from rooftune.autotune.forest import Forest
 from rooftune.autotune.process import Process, log_improvement
-from rooftune.autotune.surrogate import MISSES, Surrogate, diverse, rank, steep, wide
+from rooftune.autotune.surrogate import FAR, MISSES, Surrogate, diverse, rank, steep, wide
 from rooftune.autotune.warm import trend
 
 SIZES = [16, 32, 48, 64, 80, 96, 112, 128]
@@ -204,25 +204,73 @@ def test_half_of_a_diverse_start_has_powers_of_two_for_sizes() -> None:
     assert len(Features([[1, 2, 4], [0, 1]], index[:4, 2:]).even) == 0  # all are: nothing to prefer
 
 
-def test_steps_close_to_the_best_go_farther_when_they_are_in_vain() -> None:
+def _around(best: int) -> Surrogate:
+    """A search that knows one good config and two bad ones."""
     model = Surrogate(Features(VALUES, INDEX), INDEX, np.random.default_rng(0))
-    best = int(np.argmax([((row != INDEX).sum(1) == 1).sum() for row in INDEX]))  # more neighbours than steps below
     for row in (best, len(INDEX) - 2, len(INDEX) - 1):
         model.tell(row, 1.0 if row == best else 2.0)
+    return model
 
-    def axes() -> set[int]:
+
+MIDDLE = int(np.argmax([((row != INDEX).sum(1) == 1).sum() for row in INDEX]))  # more neighbours than steps below
+
+
+def test_steps_close_to_the_best_go_farther_when_they_are_in_vain() -> None:
+    model = _around(MIDDLE)
+
+    def axes(best: int) -> set[int]:
         return set((INDEX[model._close(best)] != INDEX[best]).sum(1).tolist())
 
-    close = 0
-    while close < MISSES:
-        assert axes() == {1}
-        close += model._step % 2  # the step that follows is close to the best
+    while model._misses < MISSES:
+        assert axes(MIDDLE) == {1}
         model.tell(model.propose(), 2.0)
-    assert axes() == {1, 2}
-    model.tell(int(np.flatnonzero(model.free)[0]), 0.5)  # better: from now on this one's neighbours, and only these
-    assert axes() == {1}
-    model.free[(INDEX[best] != INDEX).sum(1) == 1] = False
-    assert axes() == {2}, "nothing is left on one axis"
+    assert axes(MIDDLE) == {1, 2}
+    better = int(np.flatnonzero(model.free)[0])
+    model.tell(better, 0.5)  # from now on this one's neighbours, and only these
+    assert axes(better) == {1}
+    model.free[(INDEX[better] != INDEX).sum(1) == 1] = False
+    assert axes(better) == {2}, "nothing is left on one axis"
+
+
+def test_axes_take_turns_beside_the_best() -> None:
+    """Every second step is for an axis that was tried least: here all judges would walk along the sizes."""
+    model, tried = _around(MIDDLE), [0, 0, 0, 0]
+    for misses in (1, 3, 5, 7, 9):
+        model._misses = misses
+        rows = model._close(MIDDLE)
+        axes = {int(np.flatnonzero(INDEX[row] != INDEX[MIDDLE])[0]) for row in rows}
+        assert all((INDEX[row] != INDEX[MIDDLE]).sum() == 1 for row in rows)
+        left = {a for a in range(4) if any(model.free[r] for r in _beside(a))}
+        assert axes == {a for a in left if tried[a] == min(tried[b] for b in left)}
+        tried[min(axes)] += 1
+        model.tell(next(r for r in _beside(min(axes)) if model.free[r]), 2.0)
+    assert min(tried) >= 1
+
+
+def _beside(axis: int) -> list[int]:
+    differs = INDEX[MIDDLE] != INDEX
+    return np.flatnonzero(differs[:, axis] & (differs.sum(1) == 1)).tolist()
+
+
+def test_a_best_config_that_stays_best_loses_its_share_of_steps_and_others_look_elsewhere() -> None:
+    model, at, far = _around(MIDDLE), [], []
+    while len(at) < 3 * MISSES:
+        seen = model._misses
+        row = model.propose()
+        if model._misses > seen:
+            at.append(model._step)
+        elif seen >= MISSES:
+            far.append(int((INDEX[row] != INDEX[MIDDLE]).sum()))
+        model.tell(row, 2.0)
+    gaps = np.diff(at).tolist()
+    assert gaps == [2] * MISSES + [4] * MISSES + [6] * (MISSES - 1)
+    assert len(far) > MISSES
+    assert min(far) >= FAR
+    model.tell(int(np.flatnonzero(model.free)[0]), 0.5)
+    seen = model._step
+    while model._misses == 0:
+        model.tell(model.propose(), 2.0)
+    assert model._step - seen <= 2, "a new best config is looked at closely at once"
 
 
 @pytest.mark.parametrize("judges", [[0], [1], [0, 1]])
@@ -280,3 +328,23 @@ def test_trend_of_a_ranking_and_of_nothing() -> None:
     few = np.full(len(INDEX), np.nan)
     few[:3] = 1.0
     assert trend(features, [few], np.full(len(INDEX), np.nan)) is None
+
+
+def test_histories_end_for_the_processes_and_a_ranking_stays() -> None:
+    features, rng = Features(VALUES, INDEX), np.random.default_rng(0)
+    past, ranking = np.linspace(0.1, 1.0, len(INDEX)), np.arange(len(INDEX), dtype=float)
+    both, alone = trend(features, [past, past], ranking), trend(features, [past], None)
+    assert both is not None
+    assert alone is not None
+    model = Surrogate(features, INDEX, rng, both)
+    assert model._expected[0] != 0, "histories outweigh the ranking"
+    model.forget()
+    assert model._expected.tolist() == list(range(len(INDEX)))  # the ranking's order
+    assert model._trends(0, np.arange(3)).shape == (3, 1)
+    only = Surrogate(features, INDEX, rng, alone)
+    only.forget()
+    assert len(only._expected) == 0
+    assert only._trends(0, np.arange(3)) is None
+    for row, value in zip(*sample(12, 1), strict=True):
+        only.tell(int(row), math.exp(value))
+    assert only.free[only.propose()]
