@@ -186,24 +186,30 @@ def surrogate(space: SearchSpace, rng: np.random.Generator) -> Search:
     where all vote; when that was in vain, such steps go farther and become rarer, and the others look in other regions.
     Between them the processes lead by turns. Failed configs lower the chance of those like them.
 
-    Where something is known beforehand, the configs it expects to be fastest come first, then what the processes make
-    of it and the first outcomes, and the diverse ones after WARM configs. Histories end there for the processes: what
-    they know is found by then, and where they are wrong (a convolution's best config on an A100 is 415th on an A6000)
-    a process that trusts them looks in their region only. There, over 24 seeds, this and the pauses close to the best
-    let 58 % of runs reach 95 % of the optimum within 100 evaluations, not 33 % (with nothing known 67 %). Where
-    histories are right nothing is lost.
+    Where something is known beforehand, the configs it expects to be fastest come first. After a ranking the diverse
+    ones follow every second step: they find out whether it is true here. Histories lead WARM configs, then the diverse
+    ones follow in a row, and the processes judge without histories: what they know is found by then, and where they are
+    wrong (a convolution's best config on an A100 is 415th on an A6000) a process that trusts them looks in their region
+    only. There, this and the pauses close to the best let 56 % of 25 runs reach 95 % of the optimum within 100
+    evaluations (before, 33 % of 24; with the diverse ones every second step, 40 %; with nothing known, 61 to 75 %). On
+    three spaces whose histories are right, the median after 25 evaluations lost .001 at most.
     """
     features = Features(list(space.axes.values()), space.index)
     known = trend(features, space.history, space.prior)
     model = Surrogate(features, space.index, rng, known)
     starts = diverse(features.spread, STARTS, rng, features.even)
     planned = _first(space.start, starts if known is None else known.firsts[:KNOWN])
-    later = [] if known is None else starts
+    later, histories = ([], 0) if known is None else (starts, known.histories)
     while model.free.any():
-        if not planned and later and len(model.tried) >= WARM:
-            planned, later = [row for row in later if model.free[row]], []
+        if len(model.tried) == WARM:
             model.forget()
-        row = planned.pop(0) if planned else model.propose()
+        later = [row for row in later if model.free[row]]
+        if planned:
+            row = planned.pop(0)
+        elif later and (len(model.tried) >= WARM if histories else len(model.tried) % 2 == 0):
+            row = later.pop(0)
+        else:
+            row = model.propose()
         model.tell(row, _value((yield space.config(row))))
 
 

@@ -233,7 +233,7 @@ def test_steps_close_to_the_best_go_farther_when_they_are_in_vain() -> None:
 
 
 def test_axes_take_turns_beside_the_best() -> None:
-    """Every second step is for an axis that was tried least: here all judges would walk along the sizes."""
+    """Every second step is for an axis that was tried least, whatever the judges think."""
     model, tried = _around(MIDDLE), [0, 0, 0, 0]
     for misses in (1, 3, 5, 7, 9):
         model._misses = misses
