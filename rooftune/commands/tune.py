@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class Plan:
         timing = common.options(chosen)
         if timing.rounds < final.LEAST:
             raise UsageError(f"--rounds {timing.rounds}: the final decides by at least {final.LEAST}")
+        if chosen.max_error is not None and not 0 < chosen.max_error < math.inf:
+            raise UsageError(f"--max-error must be positive, as 1e-2, not {chosen.max_error:g}")
         name = chosen.search
         budget = EFFORTS[chosen.effort] if chosen.effort else Budget.parse(tuner.DEFAULT_BUDGET)
         if chosen.effort == "exhaustive":

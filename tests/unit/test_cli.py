@@ -35,6 +35,8 @@ BAD = {
     "not a number": (["run", "softmax[m=x,n=4]"], "m"),
     "larger than memory": (["run", "softmax[m=4000000,n=400000]", "--dtype", "fp32"], "GiB for inputs, output"),
     "missing kernel file": (["run", "softmax", "--load", "nowhere.py"], "nowhere.py: no such file"),
+    "negative error": (["tune", "gemm", "--max-error", "-1"], "--max-error must be positive"),
+    "error without bound": (["tune", "gemm", "--max-error", "nan"], "--max-error must be positive"),
     "no rounds": (["run", "softmax", "--rounds", "0"], "--rounds must be positive"),
     "no such folder": (["run", "softmax", "--json", "/no/such/folder/x.jsonl"], "there is no folder /no/such/folder"),
     "no such run": (["compare", "nothing", "latest"], "nothing"),
