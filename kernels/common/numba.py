@@ -146,12 +146,12 @@ class Emit:
         narrow = self.narrow(value, dtype, short_nans)
         self.store_raw(narrow, address, self.width * ITEM[dtype] if stream else ITEM[dtype], stream)
 
-    def prefetch(self, address: Value, write: bool = False) -> None:
-        """Ask for the line at an address, which need not exist: into the L2 cache, or to be written into the L1."""
+    def prefetch(self, address: Value, write: bool = False, near: bool = False) -> None:
+        """Ask for the line at an address, which need not exist: into the L2 cache, or (`near`, or to be written) the L1."""
         b = self.builder
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-        how = (1, 3, 1) if write else (0, 2, 1)  # write, locality (3: L1, 2: L2), data
+        how = (int(write), 3 if write or near else 2, 1)  # write, locality (3: L1, 2: L2), data
         b.call(fetch, [b.inttoptr(address, I8.as_pointer()), *(ir.Constant(I32, x) for x in how)])
 
     def to_aligned(self, address: Value, dtype: str) -> Value:
@@ -203,6 +203,14 @@ class Emit:
             return b.trunc(rounded, ir.VectorType(I16, self.width))
         nan = b.fcmp_unordered("uno", value, value)
         return b.trunc(b.select(nan, self.int_splat(0x7FC0), rounded), ir.VectorType(I16, self.width))
+
+    def joined(self, first: Value, second: Value) -> Value:
+        """One vector of two, which may be of different lengths."""
+        long, short = first.type.count, second.type.count
+        if long != short:
+            raise ValueError("vectors of different lengths")
+        order = ir.Constant(ir.VectorType(I32, 2 * long), list(range(2 * long)))
+        return self.builder.shuffle_vector(first, second, order)
 
     # -- arithmetic -----------------------------------------------------------
     def splat(self, value: Value | float) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
 from collections.abc import Collection
@@ -28,7 +29,17 @@ def native() -> frozenset[str]:
     given = numba.config.CPU_FEATURES  # "" if NUMBA_CPU_NAME is generic
     if given is not None:
         return frozenset(name[1:] for name in given.split(",") if name.startswith("+"))
-    return frozenset(name for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
+    names = frozenset(name for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
+    return names if "amx-tile" not in names or _tiles_allowed() else names - {n for n in names if n.startswith("amx-")}
+
+
+def _tiles_allowed() -> bool:
+    """Ask Linux for AMX's tiles, for all threads of this process: without, their first use is an illegal instruction
+    (Documentation/arch/x86/xstate.rst)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def features() -> frozenset[str]:
@@ -67,6 +78,11 @@ def require(dtype: str) -> None:
     """
     if dtype == "fp16" and platform.machine() in X86 and "f16c" not in native():
         raise UsageError("fp16 needs a CPU with F16C")
+
+
+def tile_formats() -> tuple[str, ...]:
+    """Precisions for which this CPU has instructions that multiply tiles of 16 rows (AMX)."""
+    return tuple(dtype for dtype in ("bf16", "int8") if f"amx-{dtype}" in features())
 
 
 def dot_formats() -> tuple[str, ...]:

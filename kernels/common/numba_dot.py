@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rooftune.kernels.common.numba import I16, Emit, Value
+from rooftune.kernels.common.numba import I16, Emit, State, Value
 from rooftune.kernels.common.numba_cpu import PAIRS
 
 SMALLEST = 2.0**-126  # normal number of fp32
+
+
+def _flushed(e: Emit, value: Value) -> Value:
+    b, size = e.builder, e.call(f"llvm.fabs.v{e.width}f32", e.vector, [value])
+    return b.select(b.fcmp_ordered("<", size, e.splat(SMALLEST)), b.fmul(value, e.splat(0.0)), value)
+
+
+def _halves(e: Emit, word: Value) -> tuple[Value, Value]:
+    """The two bf16 of every word, the upper first."""
+    b = e.builder
+    upper, lower = b.and_(word, e.int_splat(0xFFFF0000)), b.shl(word, e.int_splat(16))
+    return _flushed(e, b.bitcast(upper, e.vector)), _flushed(e, b.bitcast(lower, e.vector))
 
 
 def bf16_pairs(e: Emit, total: Value, x: Value, y: Value) -> Value:
@@ -21,19 +33,9 @@ def bf16_pairs(e: Emit, total: Value, x: Value, y: Value) -> Value:
     """
     if e.width == 16 and "avx512bf16" in e.instructions:
         return e.call("llvm.x86.avx512bf16.dpbf16ps.512", e.vector, (total, y, x))
-    b = e.builder
-
-    def flushed(value: Value) -> Value:
-        size = e.call(f"llvm.fabs.v{e.width}f32", e.vector, [value])
-        return b.select(b.fcmp_ordered("<", size, e.splat(SMALLEST)), b.fmul(value, e.splat(0.0)), value)
-
-    def halves(word: Value) -> tuple[Value, Value]:
-        upper, lower = b.and_(word, e.int_splat(0xFFFF0000)), b.shl(word, e.int_splat(16))
-        return flushed(b.bitcast(upper, e.vector)), flushed(b.bitcast(lower, e.vector))
-
-    total = flushed(total)
-    for left, right in zip(halves(x), halves(y), strict=True):
-        total = flushed(e.fma(left, right, total))
+    total = _flushed(e, total)
+    for left, right in zip(_halves(e, x), _halves(e, y), strict=True):
+        total = _flushed(e, e.fma(left, right, total))
     return total
 
 
@@ -46,6 +48,29 @@ def int8_fours(e: Emit, total: Value, x: Value, y: Value) -> Value:
         unsigned = b.and_(b.lshr(x, e.int_splat(8 * step)), e.int_splat(255))
         signed = b.ashr(b.shl(y, e.int_splat(24 - 8 * step)), e.int_splat(24))
         total = b.add(total, b.mul(unsigned, signed))
+    return total
+
+
+def bf16_sixteen(e: Emit, total: Value, xs: State, ys: State) -> Value:
+    """total + the sum of the products of two bf16 in each of 16 words: a row of AMX's `tdpbf16ps`.
+
+    Upper and lower halves are added up apart, then to each other, then to the total; subnormal numbers count as 0.
+    """
+    sums = [e.splat(0.0), e.splat(0.0)]
+    for x, y in zip(xs, ys, strict=True):
+        pairs = zip(_halves(e, x), _halves(e, y), sums, strict=True)
+        sums = [_flushed(e, e.fma(left, right, part)) for left, right, part in pairs]
+    b = e.builder
+    return _flushed(e, b.fadd(_flushed(e, total), _flushed(e, b.fadd(sums[1], sums[0]))))
+
+
+def int8_sixteen(e: Emit, total: Value, xs: State, ys: State) -> Value:
+    """total + the sum of the products of four signed bytes in each of 16 words: a row of AMX's `tdpbssd`."""
+    b = e.builder
+    for x, y in zip(xs, ys, strict=True):
+        for step in range(4):
+            left, right = (b.ashr(b.shl(w, e.int_splat(24 - 8 * step)), e.int_splat(24)) for w in (x, y))
+            total = b.add(total, b.mul(left, right))
     return total
 
 

@@ -49,7 +49,7 @@ def format_of(dtype: str, dot: bool) -> Format:
     return Format(dtype, 2 if dot else 1)
 
 
-def _element(e: Emit, form: Format, value: Value) -> Value:
+def element(e: Emit, form: Format, value: Value) -> Value:
     """A stored scalar or vector as (part of) words: fp32 bits, or integers of 32 bits."""
     b, vector = e.builder, isinstance(value.type, ir.VectorType)
     ints = ir.VectorType(I32, value.type.count) if vector else I32
@@ -62,7 +62,7 @@ def _element(e: Emit, form: Format, value: Value) -> Value:
     return b.bitcast(e.widen(value, form.dtype), ints)
 
 
-def _join(e: Emit, form: Format, parts: State) -> Value:
+def join(e: Emit, form: Format, parts: State) -> Value:
     """One word (or vector of words) from its steps of k, the first in the low bits."""
     b, bits = e.builder, 32 // form.steps
     word = parts[0]
@@ -80,7 +80,7 @@ def _words(e: Emit, form: Format, address: Value) -> Value:
         return e.load_raw(address, e.ints, item)
     value = e.load_raw(address, ir.VectorType(kind, e.width * form.steps), item)
     if form.steps == 1:
-        return _element(e, form, value)
+        return element(e, form, value)
     return b.bitcast(b.sext(value, ir.VectorType(I16, e.width * form.steps)), e.ints)
 
 
@@ -108,18 +108,19 @@ def transpose(e: Emit, rows: State) -> list[Value]:
 
 
 @cache
-def pack(form: Format, size: int, along_k: bool, flip: bool = False) -> Any:
+def pack(form: Format, size: int, along_k: bool, flip: bool = False, deep: int = 1) -> Any:
     """Numba function (source, target, valid, stride, k): pack one panel of `size` rows.
 
     along_k: element (i, j) lies at source + i * stride + j (k is contiguous), else at source + j * stride + i.
     Lanes from `valid` on repeat the last valid row (their products are thrown away: no zeros, so no 0 * inf
-    either); steps from k on are zero in both operands. `flip` adds 128 to bytes.
+    either); steps from k on, to a whole number of `deep` words, are zero in both operands. `flip` adds 128 to bytes.
     """
 
     def emit(e: Emit, source: Value, target: Value, valid: Value, stride: Value, k: Value) -> None:
         b, item, kind = e.builder, ITEM[form.dtype], STORED[form.dtype]
         one = e.index(1)
-        words = b.sdiv(b.add(k, e.index(form.steps - 1)), e.index(form.steps))
+        most = form.steps * deep
+        words = b.mul(b.sdiv(b.add(k, e.index(most - 1)), e.index(most)), e.index(deep))
         whole = b.sdiv(k, e.index(form.steps))
         last = b.sub(valid, one)
 
@@ -145,9 +146,9 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False) -> Any:
                     j = b.add(b.mul(word, e.index(form.steps)), e.index(step))
                     there = b.icmp_signed("<", j, k)
                     value = e.load_raw(address(clamp(i), b.select(there, j, b.sub(k, one))), kind, item)
-                    value = _element(e, form, value)
+                    value = element(e, form, value)
                     parts.append(b.select(there, value, value.type(0)))
-                e.store_raw(finish(_join(e, form, parts)), place(word, i), WORD)
+                e.store_raw(finish(join(e, form, parts)), place(word, i), WORD)
                 return []
 
             e.loop(e.index(0), e.index(size), 1, [], lane)
@@ -158,7 +159,7 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False) -> Any:
             j = b.mul(word, e.index(form.steps))
             vector = ir.VectorType(kind, size)
             rows = [e.load_raw(address(e.index(0), b.add(j, e.index(s))), vector, item) for s in range(form.steps)]
-            value = finish(_join(e, form, [_element(e, form, row) for row in rows]))
+            value = finish(join(e, form, [element(e, form, row) for row in rows]))
             e.store_raw(value, place(word, e.index(0)), WORD)
             return []
 

@@ -1,0 +1,214 @@
+"""AMX in Numba: Intel's products of tiles of 16 rows of 64 bytes, of which a core has eight beside its vectors.
+
+b is packed as for every other format (`numba_tile`: [words of k][columns]), a in steps of 16 words:
+[step][rows][16 words], so that a tile of it is 1 KB in a row. What is spelled out where a CPU has no AMX gives the
+instructions' values.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from rooftune.kernels.common import numba_dot
+from rooftune.kernels.common.numba import I8, I32, ITEM, Emit, State, Value, intrinsic
+from rooftune.kernels.common.numba_tile import STORED, WORD, Format, element, join, transpose
+
+SIDE = 16  # rows of a tile, and words in one
+ROW = SIDE * WORD  # bytes
+TILE = SIDE * ROW
+TILES = 8  # a core has
+PRODUCT = {"bf16": "tdpbf16ps", "int8": "tdpbssd"}
+FORMATS = {"bf16": Format("bf16", 2), "int8": Format("int8", 4, "int32")}  # no 128 added: both are signed
+
+
+def _spell(e: Emit) -> bool:
+    return "amx-tile" not in e.instructions
+
+
+@cache
+def configure() -> Any:
+    """Numba function (): all tiles are 16 rows of 64 bytes, for this thread, until `release`."""
+
+    def emit(e: Emit) -> None:
+        if _spell(e):
+            return
+        b = e.builder
+        rows, bytes_of_rows = [SIDE] * TILES, [part for _ in range(TILES) for part in (ROW, 0)]  # Intel SDM 1, 18.2
+        table = [1, *[0] * 15, *bytes_of_rows, *[0] * 16, *rows, *[0] * 8]
+        kind = ir.ArrayType(I8, len(table))
+        place = cgutils.alloca_once(b, kind)
+        b.store(ir.Constant(kind, [ir.Constant(I8, x) for x in table]), place)
+        e.call("llvm.x86.ldtilecfg", ir.VoidType(), [b.bitcast(place, I8.as_pointer())])
+
+    return intrinsic([], emit)
+
+
+@cache
+def release() -> Any:
+    """Numba function (): the tiles are free again; a thread that keeps them pays for them at every switch."""
+
+    def emit(e: Emit) -> None:
+        if not _spell(e):
+            e.call("llvm.x86.tilerelease", ir.VoidType(), [])
+
+    return intrinsic([], emit)
+
+
+@cache
+def pack(form: Format, size: int, along_k: bool) -> Any:
+    """Numba function (source, target, valid, stride, k): pack one panel of `size` rows as [step][size][16 words].
+
+    along_k: element (i, j) lies at source + i * stride + j (k is contiguous), else at source + j * stride + i.
+    Rows from `valid` on repeat the last valid row; steps of k from k on, to the end of 16 words, are zero.
+    """
+    item, kind, deep = ITEM[form.dtype], STORED[form.dtype], SIDE * form.steps
+
+    def emit(e: Emit, source: Value, target: Value, valid: Value, stride: Value, k: Value) -> None:
+        b, zero, last = e.builder, e.index(0), e.builder.sub(valid, e.index(1))
+
+        def clamp(i: Value) -> Value:
+            return b.select(b.icmp_signed("<", i, last), i, last)
+
+        def address(i: Value, j: Value) -> Value:
+            row, column = (i, j) if along_k else (j, i)
+            return e.offset(source, b.add(b.mul(row, stride), column), item)
+
+        def place(j: Value, i: Value) -> Value:
+            return b.add(e.offset(target, b.mul(j, e.index(size)), item), b.mul(i, e.index(ROW)))
+
+        def whole(j: Value, _: State) -> State:
+            if along_k:
+                for i in range(size):
+                    e.store_raw(e.load_raw(address(clamp(e.index(i)), j), e.ints, item), place(j, e.index(i)), WORD)
+                return []
+            for first in range(0, size, SIDE):
+                words = []
+                for word in range(SIDE):
+                    at = [b.add(j, e.index(word * form.steps + step)) for step in range(form.steps)]
+                    rows = [e.load_raw(address(e.index(first), x), ir.VectorType(kind, SIDE), item) for x in at]
+                    words.append(join(e, form, [element(e, form, row) for row in rows]))
+                for i, row in enumerate(transpose(e, words)):
+                    e.store_raw(row, place(j, e.index(first + i)), WORD)
+            return []
+
+        def by_element(j: Value, _: State) -> State:
+            def row(i: Value, _: State) -> State:
+                def one(at: Value, _: State) -> State:
+                    there = b.icmp_signed("<", b.add(j, at), k)
+                    value = e.load_raw(address(clamp(i), b.select(there, b.add(j, at), zero)), kind, item)
+                    e.store_raw(b.select(there, value, ir.Constant(kind, 0)), e.offset(place(j, i), at, item), item)
+                    return []
+
+                e.loop(zero, e.index(deep), 1, [], one)
+                return []
+
+            e.loop(zero, e.index(size), 1, [], row)
+            return []
+
+        full = k if along_k else b.select(b.icmp_signed("==", valid, e.index(size)), k, zero)
+        done, _ = e.loop(zero, full, deep, [], whole)
+        e.loop(done, b.add(k, e.index(deep - 1)), deep, [], by_element)
+
+    return intrinsic([types.int64] * 5, emit)
+
+
+@cache
+def tile(form: Format, rows: int, columns: int, ahead: int = 0, stream: bool = False) -> Any:
+    """Numba function (a, b, c, words, add): c (+)= a b on one register tile, after `configure`.
+
+    a: packed by `pack` of `rows` rows; b: packed [words][columns]; c: [rows][columns] of accumulators, added to if
+    `add` is not 0; words: a multiple of 16. `stream`: b need not stay in the L1 cache (panels of it pass by one of a, 1892 GFLOP/s
+    instead of 1458); `ahead`: its lines are fetched there so many steps of 16 words before they are multiplied.
+    """
+    high, wide = rows // SIDE, columns // SIDE
+    sums = [[i * wide + j for j in range(wide)] for i in range(high)]  # numbers of tiles
+    left = [high * wide + i for i in range(high)]
+    free = list(range(high * (wide + 1), TILES))
+    if not free:
+        raise ValueError(f"a tile of {rows}x{columns} takes more than {TILES} of AMX")
+
+    def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value) -> None:
+        if _spell(e):
+            return _spelled(e, form, rows, columns, (a, b_panel, c, words, add))
+        b = e.builder
+
+        def call(name: str, *numbers: int) -> None:
+            e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, x) for x in numbers])
+
+        def move(name: str, number: int, address: Value, stride: int) -> None:
+            where = b.inttoptr(address, I8.as_pointer())
+            e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, number), where, e.index(stride)])
+
+        def every(name: str) -> None:
+            for i in range(high):
+                for j in range(wide):
+                    place = b.add(c, e.index((i * SIDE * columns + j * SIDE) * WORD))
+                    move(name, sums[i][j], place, columns * WORD)
+
+        def zeros() -> State:
+            for number in (x for row in sums for x in row):
+                call("tilezero", number)
+            return []
+
+        def loads() -> State:
+            every("tileloadd64")
+            return []
+
+        def step(word: Value, _: State) -> State:
+            base = b.add(a, b.mul(word, e.index(rows * WORD)))
+            right = b.add(b_panel, b.mul(word, e.index(columns * WORD)))
+            lines = [
+                b.add(right, e.index((ahead * SIDE + i) * columns * WORD + j * ROW))
+                for i in range(SIDE)
+                for j in range(wide)
+            ]
+            for j in range(wide):
+                if ahead:
+                    for line in lines[j * SIDE : (j + 1) * SIDE]:
+                        e.prefetch(line, near=True)
+                number = free[j % len(free)]
+                move(
+                    "tileloaddt164" if stream else "tileloadd64", number, b.add(right, e.index(j * ROW)), columns * WORD
+                )
+                for i in range(high):
+                    if j == 0:
+                        move("tileloadd64", left[i], b.add(base, e.index(i * TILE)), ROW)
+                    call(PRODUCT[form.dtype], sums[i][j], left[i], number)
+            return []
+
+        e.branch(b.icmp_signed("!=", add, e.index(0)), loads, zeros)
+        e.loop(e.index(0), words, SIDE, [], step)
+        every("tilestored64")
+        return None
+
+    return intrinsic([types.int64] * 5, emit)
+
+
+def _spelled(e: Emit, form: Format, rows: int, columns: int, arguments: State) -> None:
+    """The same, with vectors: row by row of a tile."""
+    (a, b_panel, c, words, add), b = arguments, e.builder
+    dot = numba_dot.bf16_sixteen if form.dtype == "bf16" else numba_dot.int8_sixteen
+    kind = e.vector if form.accumulator == "fp32" else e.ints
+
+    def row(i: Value, _: State) -> State:
+        for first in range(0, columns, SIDE):
+            place = b.add(c, b.mul(b.add(b.mul(i, e.index(columns)), e.index(first)), e.index(WORD)))
+            before = e.load_raw(place, kind, WORD)
+            start = [b.select(b.icmp_signed("!=", add, e.index(0)), before, ir.Constant(kind, None))]
+
+            def step(word: Value, state: State, first: int = first) -> State:
+                left = b.add(b.add(a, b.mul(word, e.index(rows * WORD))), b.mul(i, e.index(ROW)))
+                right = b.add(b_panel, b.mul(b.add(b.mul(word, e.index(columns)), e.index(first)), e.index(WORD)))
+                xs = [e.broadcast(e.load_raw(e.offset(left, e.index(w), WORD), I32, WORD), SIDE) for w in range(SIDE)]
+                ys = [e.load_raw(e.offset(right, e.index(w * columns), WORD), e.ints, WORD) for w in range(SIDE)]
+                return [dot(e, state[0], xs, ys)]
+
+            _, total = e.loop(e.index(0), words, SIDE, start, step)
+            e.store_raw(total[0], place, WORD)
+        return []
+
+    e.loop(e.index(0), e.index(rows), 1, [], row)

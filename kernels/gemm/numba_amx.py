@@ -1,0 +1,165 @@
+"""Matrix product in Numba with AMX: tiles of 32x32 in Intel's tile registers, both operands packed block by block."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from rooftune.check import Run
+from rooftune.core import Config, Problem, Space, UsageError
+from rooftune.kernels.common.numba import ITEM, LINE, threads
+from rooftune.kernels.common.numba_cpu import tile_formats
+from rooftune.kernels.common.numba_epilogue import finish
+from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
+from rooftune.kernels.common.numba_tile import pack
+from rooftune.kernels.common.numba_tmul import FORMATS, SIDE, configure, release, tile
+from rooftune.kernels.common.numba_tmul import pack as pack_tiles
+
+DEVICES = ("cpu",)
+PRECISIONS = ("bf16", "int8")
+
+SWEEP = 2 * SIDE  # words of k packed at a time where k is not contiguous
+
+
+def _default(problem: Problem) -> Config:
+    few, along_k = problem["m"] <= SIDE, problem.flag("transpose", "nn")[1] == "t"
+    return {
+        "tile": "32x32" if not few else "16x32" if along_k else "16x64",
+        "block_m": 1024,
+        "block_n": 64 if few else 256 if problem.precision == "bf16" else 512,
+        "block_k": 4096 if few else 2048,
+        "near": 2,
+    }
+
+
+SPACE = Space(
+    axes={
+        "tile": ("32x32", "16x64", "16x32"),  # of eight tiles of 16 x 16: 4 (4, 2) for sums
+        "block_m": (64, 128, 256, 512, 1024),  # rows of a packed at a time
+        "block_n": (64, 128, 256, 512, 1024),  # columns of b packed at a time
+        "block_k": (256, 512, 1024, 2048, 4096),  # steps before sums go to memory and back
+        "near": (0, 2),  # steps of 16 words by which b is fetched into the L1 cache before it is multiplied
+    },
+    default=_default,
+)
+ARGUMENTS = (
+    "int64",
+) * 15  # addresses of a, b, bias, out, packed a, packed b, sums; m, n, k, height, group, depth, split, room
+
+
+@cache
+def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int, near: int) -> Job:
+    """A task: `height` panels of a against one of `split` parts of b's panels, `group` of these at a time.
+
+    Both are packed in the slot's own memory, where they stay in the L2 cache until they are used up; words of k in a
+    block: `depth`; register tiles of sums kept from block to block: `room`.
+    """
+    form = FORMATS[dtype]
+    a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
+    pack_a, pack_b = pack_tiles(form, rows, a_along_k), pack(form, columns, b_along_k, deep=SIDE)
+    multiply, end = tile(form, rows, columns, near, stream=True), finish(form, columns, epilogue)
+    enter, leave = configure(), release()
+    item, steps, area, arguments = ITEM[dtype], form.steps, rows * columns * 4, arguments_of(*ARGUMENTS)
+    rows_added = rows if epilogue == "residual" else 0  # a bias is the same for all rows
+    out_item, sweep = 4 if dtype == "int8" else item, SWEEP * form.steps
+
+    @job
+    def product(given, task, slot):  # type: ignore[no-untyped-def]
+        a, b, bias, out, a_pack, b_pack, sums, m, n, k, height, group, depth, split, room = arguments(given)
+        words = (k + SIDE * steps - 1) // (SIDE * steps) * SIDE
+        a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
+        left, right = a_pack + slot * height * rows * depth * 4, b_pack + slot * group * columns * depth * 4
+        totals = sums + slot * room * area
+        begin, part = task // split * height, task % split
+        stop = min(begin + height, a_panels)
+        from_panel, to_panel = part * b_panels // split, (part + 1) * b_panels // split
+        enter()
+        for first in range(from_panel, to_panel, group):
+            behind = min(first + group, to_panel)
+            for w in range(0, words, depth):
+                some = min(depth, words - w)
+                here = min(some * steps, k - w * steps)
+                final = w + depth >= words
+                tall, wide = some * rows * 4, some * columns * 4  # bytes of packed panels
+                if b_along_k:
+                    for j in range(first, behind):
+                        source = b + (j * columns * k + w * steps) * item
+                        pack_b(source, right + (j - first) * wide, min(columns, n - j * columns), k, here)
+                else:
+                    for at in range(0, some, SWEEP):
+                        for j in range(first, behind):
+                            source = b + ((w + at) * steps * n + j * columns) * item
+                            target = right + (j - first) * wide + at * columns * 4
+                            pack_b(source, target, min(columns, n - j * columns), n, min(sweep, here - at * steps))
+                if words > depth or first == from_panel:
+                    if a_along_k:
+                        for i in range(begin, stop):
+                            source = a + (i * rows * k + w * steps) * item
+                            pack_a(source, left + (i - begin) * tall, min(rows, m - i * rows), k, here)
+                    else:
+                        for at in range(0, some, SWEEP):
+                            for i in range(begin, stop):
+                                source = a + ((w + at) * steps * m + i * rows) * item
+                                target = left + (i - begin) * tall + at * rows * 4
+                                pack_a(source, target, min(rows, m - i * rows), m, min(sweep, here - at * steps))
+                for i in range(begin, stop):
+                    for j in range(first, behind):
+                        number = (i - begin) * group + j - first if room > 1 else 0
+                        place = totals + number * area
+                        target = out + (i * rows * n + j * columns) * out_item
+                        multiply(left + (i - begin) * tall, right + (j - first) * wide, place, some, w)
+                        if final:
+                            end(
+                                place,
+                                target,
+                                n,
+                                min(rows, m - i * rows),
+                                min(columns, n - j * columns),
+                                bias + (i * rows_added * n + j * columns) * item,
+                                0,
+                            )
+        leave()
+
+    return product
+
+
+def build(problem: Problem, config: Config) -> Run:
+    """run(out: [m, n], a, b[, bias or residual]), all contiguous, stored as the flag transpose says.
+
+    Raises:
+        UsageError: this CPU has no AMX, or its system does not let a process use it.
+    """
+    if problem.precision not in tile_formats():
+        raise UsageError(
+            f"{problem.precision} needs a CPU with AMX (Intel Xeon since 2023) and a system that lets a process use it"
+        )
+    m, n, k = problem["m"], problem["n"], problem["k"]
+    rows, columns = (int(side) for side in config["tile"].split("x"))
+    flags, dtype = (problem.flag("transpose", "nn"), problem.flag("epilogue", "none")), problem.precision
+    steps = FORMATS[dtype].steps
+    words = -(-k // (SIDE * steps)) * SIDE
+    depth = min(words, config["block_k"] // steps)
+    a_panels, b_panels = -(-m // rows), -(-n // columns)
+    height = max(1, min(config["block_m"] // rows, -(-a_panels // threads())))
+    blocks = -(-a_panels // height)
+    height = -(-a_panels // blocks)  # even ones
+    split = max(1, min(b_panels, -(-threads() // blocks)))
+    group = max(1, min(config["block_n"] // columns, -(-b_panels // split)))
+    room = height * group if words > depth else 1
+    tasks = blocks * split
+    sizes = (height * rows * depth, group * columns * depth, room * rows * columns)
+    # lines of 64 bytes: a tile's row that crosses one takes twice as long
+    workspace = [torch.empty(slots(tasks) * size + LINE // 4, dtype=torch.int32) for size in sizes]
+    places = [-(-space.data_ptr() // LINE) * LINE for space in workspace]
+    product = compiled(dtype, *flags, rows, columns, config["near"])
+    kernel = parallel(ARGUMENTS, (product, tasks))
+
+    def run(out: Any, a: Any, b: Any, bias: Any = None, keep: Any = workspace) -> None:
+        address = 0 if bias is None else bias.data_ptr()
+        kernel(
+            *(a.data_ptr(), b.data_ptr(), address, out.data_ptr(), *places, m, n, k, height, group, depth, split, room)
+        )
+
+    return run
