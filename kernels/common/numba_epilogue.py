@@ -9,7 +9,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from rooftune.kernels.common.numba import ITEM, LINE, LOG2E, Chunk, Emit, State, Value, intrinsic
+from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic
 from rooftune.kernels.common.numba_dot import int8_fours
 from rooftune.kernels.common.numba_tile import Format
 
@@ -63,41 +63,28 @@ def finish(form: Format, columns: int, epilogue: str) -> Any:
 
         stored = "fp32" if integer else form.dtype
 
-        def places(i: Value) -> tuple[Value, Value, Value]:
+        def row(i: Value, visit: Callable[[Callable[[Chunk, State], State]], Any]) -> State:
             source = e.offset(sums, i, columns * 4)
             target = e.offset(out, b.mul(i, n), ITEM[stored])
-            return source, target, e.offset(bias, b.mul(i, n), ITEM[stored]) if epilogue == "residual" else bias
-
-        def partly(i: Value) -> State:
-            source, target, added = places(i)
+            added = e.offset(bias, b.mul(i, n), ITEM[stored]) if epilogue == "residual" else bias
 
             def body(chunk: Chunk, _: State) -> State:
                 chunk.store(result(chunk.load(source, "fp32"), chunk, added), target, stored, short_nans=True)
                 return []
 
-            e.row(width, [], body)
+            visit(body)
             return []
 
-        def whole(i: Value) -> State:
-            """A row that lies inside, by lines of 64 bytes."""
-            source, target, added = places(i)
-            at_once = max(1, LINE // (e.width * ITEM[stored]))
-            for first in range(0, columns, e.width * at_once):
-                chunks = [
-                    Chunk(e, e.index(first + v * e.width), None)
-                    for v in range(at_once)
-                    if first + v * e.width < columns
-                ]
-                values = [e.narrow(result(c.load(source, "fp32"), c, added), stored, short_nans=True) for c in chunks]
-                e.store_raw(e.tree(values, e.joined), e.offset(target, e.index(first), ITEM[stored]), ITEM[stored])
-            return []
+        def whole(body: Callable[[Chunk, State], State]) -> None:
+            for first in range(0, columns, e.width):
+                body(Chunk(e, e.index(first), None), [])
 
-        def rows_by(visit: Callable[[Value], State]) -> State:
-            e.loop(e.index(0), height, 1, [], lambda i, _: visit(i))
+        def rows_by(visit: Callable[[Callable[[Chunk, State], State]], Any]) -> State:
+            e.loop(e.index(0), height, 1, [], lambda i, _: row(i, visit))
             return []
 
         inside = b.icmp_signed("==", width, e.index(columns))
-        e.branch(inside, lambda: rows_by(whole), lambda: rows_by(partly))
+        e.branch(inside, lambda: rows_by(whole), lambda: rows_by(lambda body: e.row(width, [], body)))
 
     return intrinsic([types.int64] * 7, emit)
 

@@ -23,13 +23,24 @@ PRECISIONS = ("bf16", "int8")
 SWEEP = 2 * SIDE  # words of k packed at a time where k is not contiguous
 
 
+BLOCKS = {  # rows of a and columns of b packed at a time, steps of k before sums go to memory and back
+    "m": (64, 128, 256, 512, 1024),
+    "n": (64, 128, 256, 512, 1024),
+    "k": (256, 512, 1024, 2048, 4096),
+}
+
+
+def _blocks(axis: str, size: int) -> list[int]:
+    """Up to the first that holds the whole size: those beyond are the same config."""
+    return [block for block in BLOCKS[axis] if block < 2 * size or block == BLOCKS[axis][0]]
+
+
 def _default(problem: Problem) -> Config:
     few, along_k = problem["m"] <= SIDE, problem.flag("transpose", "nn")[1] == "t"
+    wanted = {"m": 1024, "n": 64 if few else 256 if problem.precision == "bf16" else 512, "k": 4096 if few else 2048}
     return {
         "tile": "32x32" if not few else "16x32" if along_k else "16x64",
-        "block_m": 1024,
-        "block_n": 64 if few else 256 if problem.precision == "bf16" else 512,
-        "block_k": 4096 if few else 2048,
+        **{f"block_{x}": max(b for b in _blocks(x, problem[x]) if b <= most) for x, most in wanted.items()},
         "near": 2,
     }
 
@@ -37,16 +48,14 @@ def _default(problem: Problem) -> Config:
 SPACE = Space(
     axes={
         "tile": ("32x32", "16x64", "16x32"),  # of eight tiles of 16 x 16: 4 (4, 2) for sums
-        "block_m": (64, 128, 256, 512, 1024),  # rows of a packed at a time
-        "block_n": (64, 128, 256, 512, 1024),  # columns of b packed at a time
-        "block_k": (256, 512, 1024, 2048, 4096),  # steps before sums go to memory and back
+        **{f"block_{x}": blocks for x, blocks in BLOCKS.items()},
         "near": (0, 2),  # steps of 16 words by which b is fetched into the L1 cache before it is multiplied
     },
+    where=(lambda config, problem: all(config[f"block_{x}"] in _blocks(x, problem[x]) for x in BLOCKS),),
     default=_default,
 )
-ARGUMENTS = (
-    "int64",
-) * 15  # addresses of a, b, bias, out, packed a, packed b, sums; m, n, k, height, group, depth, split, room
+# of a job: addresses of a, b, bias, out, packed a, packed b, sums; m, n, k, height, group, depth, split, room
+ARGUMENTS = ("int64",) * 15
 
 
 @cache
