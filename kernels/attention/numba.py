@@ -47,9 +47,9 @@ SPACE = Space(
         "tile": (*TILES[vector_width()], *(AMX_TILES if tile_formats() else ())),
         "block_k": (32, 64, 96, 128, 192, 256, 512),  # keys whose scores are held at once
         "query_tiles": (1, 2, 4, 8, 16, 32, 64),  # tiles of queries that share a packed block of k and v
-        # dot: vdpbf16ps for both products, with probabilities rounded to bf16. Right by `numba_dot`, in the machine
-        # code for Zen 5 and Sapphire Rapids; its time was not measured, the default follows that of the products
-        "multiply": ("widen", "dot", "amx"),  # amx: tdpbf16ps, for both too
+        # for both products, with probabilities rounded to bf16; dot: vdpbf16ps (on Intel half as fast as fp32), amx:
+        # tdpbf16ps (2.6 times as fast as widened, 1.4 to 2.4 times as torch, which uses it too; measured on a Xeon)
+        "multiply": ("widen", "dot", "amx"),
     },
     where=(
         lambda config, problem: config["multiply"] != "dot" or problem.precision in dot_formats(),
@@ -151,7 +151,7 @@ def build(problem: Problem, config: Config) -> Run:
 
     One task: `query_tiles` tiles of queries of one head against all keys. With queries in lanes, k and v are
     read one number for all lanes, and maximum, total and rescaling need no sums across lanes. A block of k
-    and v is packed (and widened, unless `multiply` is dot) once for all tiles of the task.
+    and v is packed (and widened, if `multiply` says so) once for all tiles of the task.
     """
     require(problem.precision)
     without_lse(problem, "attention/numba")

@@ -82,7 +82,8 @@ def require(dtype: str) -> None:
 
 def tile_formats() -> tuple[str, ...]:
     """Precisions for which this CPU has instructions that multiply tiles of 16 rows (AMX)."""
-    return tuple(dtype for dtype in ("bf16", "int8") if f"amx-{dtype}" in features())
+    wide = vector_width() == 16  # a vector is a row of a tile
+    return tuple(dtype for dtype in ("bf16", "int8") if wide and f"amx-{dtype}" in features())
 
 
 def dot_formats() -> tuple[str, ...]:
