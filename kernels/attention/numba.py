@@ -76,7 +76,7 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
     form, item, degree = Format(dtype, _steps(multiply_by)), ITEM[dtype], 5 if dtype == "fp32" else 4
     panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
     if multiply_by == "amx":
-        deep, multiply = numba_tmul.SIDE, numba_tmul.tile(form, rows, queries)
+        deep, multiply = numba_tmul.SIDE, numba_tmul.tile(form, rows, queries, ahead=1)
         pack_k, pack_v = (numba_tmul.pack(form, panel, along_k) for along_k in (True, False))
         enter, leave = numba_tmul.configure(), numba_tmul.release()
     else:

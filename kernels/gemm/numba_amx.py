@@ -41,7 +41,7 @@ def _default(problem: Problem) -> Config:
     return {
         "tile": "32x32" if not few else "16x32" if along_k else "16x64",
         **{f"block_{x}": max(b for b in _blocks(x, problem[x]) if b <= most) for x, most in wanted.items()},
-        "near": 2,
+        "near": 1,
     }
 
 
@@ -49,7 +49,7 @@ SPACE = Space(
     axes={
         "tile": ("32x32", "16x64", "16x32"),  # of eight tiles of 16 x 16: 4 (4, 2) for sums
         **{f"block_{x}": blocks for x, blocks in BLOCKS.items()},
-        "near": (0, 2),  # steps of 16 words by which b is fetched into the L1 cache before it is multiplied
+        "near": (0, 1, 2),  # steps of 16 words by which operands are in the L1 cache before they are multiplied
     },
     where=(lambda config, problem: all(config[f"block_{x}"] in _blocks(x, problem[x]) for x in BLOCKS),),
     default=_default,

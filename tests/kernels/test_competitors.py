@@ -11,7 +11,7 @@ import pytest
 
 from rooftune import evidence, registry
 from rooftune.core import Evidence, Problem, Status
-from rooftune.lab import Lab
+from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
 
 IMPLS = [impl for op in registry.op_names() for impl in registry.impls(op)]
@@ -103,6 +103,13 @@ def _need(impl: Impl) -> None:
         pytest.skip(f"{impl.key}: {impl.missing}")
 
 
+def _need_instructions(impl: Impl, reply: Reply) -> None:
+    """A competitor made of instructions that this CPU lacks says so; test_numba_other_cpus.py runs it spelled out."""
+    if impl.name == "numba_amx" and reply.status == Status.SKIPPED:
+        assert "needs a CPU with AMX" in reply.reason
+        pytest.skip(f"{impl.key}: {reply.reason}")
+
+
 @pytest.mark.parametrize(("impl", "precision", "flags"), _cases(NATIVE))
 def test_native_competitors_pass_the_whole_gate(lab: Lab, impl: Impl, precision: str, flags: dict[str, str]) -> None:
     _need(impl)
@@ -114,6 +121,7 @@ def test_native_competitors_pass_the_whole_gate(lab: Lab, impl: Impl, precision:
     if precision == "tf32" and reply.status == Status.SKIPPED:
         assert "GPU" in reply.reason or "CUDA" in reply.reason
         return
+    _need_instructions(impl, reply)
     assert reply.status == Status.OK, f"{reply.status}: {reply.reason}"
     assert impl.per_shape or len(reply.data["error"]["cases"]) > 1
 
@@ -128,10 +136,12 @@ def test_native_competitors_pass_the_whole_gate(lab: Lab, impl: Impl, precision:
 )
 def test_other_configs_of_native_competitors_are_right_too(lab: Lab, impl: Impl) -> None:
     _need(impl)
-    problem = registry.problem(Problem.make(impl.op, "fp32", VARIANTS[impl.op][0], **SIZES[impl.op]))
+    precision = "fp32" if "fp32" in impl.precisions else impl.precisions[0]
+    problem = registry.problem(Problem.make(impl.op, precision, VARIANTS[impl.op][0], **SIZES[impl.op]))
     configs = lab.space(impl, problem)["configs"]
     for config in configs[:: max(1, len(configs) // 3)]:
         reply = lab.prepare(impl, problem, config, seed=12, thorough=False)
+        _need_instructions(impl, reply)
         assert reply.status == Status.OK, f"{config}: {reply.status}: {reply.reason}"
 
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 CPUS: dict[str, tuple[int, tuple[str, ...]]] = {  # lanes, features
     "avx512": (16, ("avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avx2", "fma")),
+    "amx": (16, ("avx512f", "avx512bw", "avx2", "fma", "amx-tile", "amx-bf16", "amx-int8")),
     "avx2": (8, ("avx2", "fma")),
     "generic": (4, ()),
 }
@@ -39,12 +40,43 @@ GEMMS = (  # CPUs, precision, transpose, epilogue, tile, config; a tile takes lo
 )
 
 
-def run_as(name: str) -> None:
-    """Every kernel family on ragged shapes, and special values, as that CPU has them."""
-    from rooftune.kernels.common import numba_cpu
+TILES = (  # of products by AMX: precision, transpose, epilogue, config
+    ("bf16", "nn", "bias_gelu", {"tile": "32x32", "block_m": 64, "block_n": 64, "block_k": 256, "near": 2}),
+    ("bf16", "tt", "none", {"tile": "16x64", "block_m": 64, "block_n": 64, "block_k": 256, "near": 0}),
+    ("int8", "nt", "none", {"tile": "16x32", "block_m": 64, "block_n": 64, "block_k": 256, "near": 2}),
+    ("int8", "tn", "none", {"tile": "32x32", "block_m": 64, "block_n": 64, "block_k": 256, "near": 0}),
+)
 
-    numba_cpu.pretend(CPUS[name][1])
-    assert numba_cpu.vector_width() == CPUS[name][0]
+
+def run_tiles() -> None:
+    """What AMX is used for, on ragged shapes of more than one block of k, and special values."""
+    import test_numba_shapes as shapes
+    import test_numba_special as special
+
+    from rooftune.core import Config, Problem
+
+    for precision, transpose, epilogue, config in TILES:
+        flags = {"transpose": transpose, "epilogue": epilogue}
+        problems = shapes.drawn(
+            SHAPES,
+            lambda size, p=precision, f=flags: Problem.make("gemm", p, f, m=size(), n=size(), k=size(300, 23, 513, 1)),
+        )
+        shapes.race_shapes(problems, lambda problem, config=config: config, "numba_amx")
+        if precision == "bf16" and epilogue == "none":
+            for value in special.VALUES:
+                text = f"gemm[m=33,n=70,k=290,transpose={transpose},bf16]"
+                special.agree(text, config, special._product, value, "numba_amx")
+    for tile in ("32x32", "16x64"):
+        heads: Config = {"tile": tile, "block_k": 64, "query_tiles": 2, "multiply": "amx"}
+        problems = shapes.drawn(2 * SHAPES, shapes.attention_shapes("bf16"))
+        shapes.race_shapes(problems, lambda problem, heads=heads: heads)
+    for value in special.VALUES:
+        for change in (special._queries, special._keys, special._values):
+            special.agree(f"{special.HEADS},bf16]", heads, change, value)
+
+
+def run_vectors(name: str) -> None:
+    """Every kernel family on ragged shapes, and special values, as that CPU has them."""
     import test_numba_shapes as shapes
     import test_numba_special as special
 
@@ -103,6 +135,17 @@ def test_the_lanes_cannot_change_under_a_kernel_that_is_there() -> None:
     with pytest.raises(RuntimeError, match=r"too late.*softmax\.numba"):
         numba_cpu.pretend(("avx512f",))
     assert numba_cpu.features() == numba_cpu.native()
+
+
+def run_as(name: str) -> None:
+    from rooftune.kernels.common import numba_cpu
+
+    numba_cpu.pretend(CPUS[name][1])
+    assert numba_cpu.vector_width() == CPUS[name][0]
+    if name == "amx":
+        run_tiles()
+    else:
+        run_vectors(name)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,11 @@ def misaligned(run: check.Run, by: int) -> check.Run:
     return call
 
 
-def race_shapes(problems: list[Problem], change: Callable[[Problem], Config] = lambda problem: {}) -> None:
+def race_shapes(
+    problems: list[Problem], change: Callable[[Problem], Config] = lambda problem: {}, name: str = "numba"
+) -> None:
     """Check each problem under the default config with changes: value, bounds, inputs kept, same bits again."""
-    module = registry.impl(f"{problems[0].op}/numba").load()
+    module = registry.impl(f"{problems[0].op}/{name}").load()
     for number, problem in enumerate(problems):
         op, config = registry.op(problem.op), {**module.SPACE.default_for(problem), **change(problem)}
         assert module.SPACE.valid(config, problem), f"{problem}: {config}"

@@ -57,10 +57,10 @@ def _values(value: float, q: Any, k: Any, v: Any) -> None:
     v[0, 0, 0, 3] = value
 
 
-def agree(text: str, config: Config, change: Change, value: float) -> None:
+def agree(text: str, config: Config, change: Change, value: float, name: str = "numba") -> None:
     """Run on inputs with the value in them, and judge every number of the output; then once more for the same bits."""
     problem = registry.problem(text)
-    op, module = registry.op(problem.op), registry.impl(f"{problem.op}/numba").load()
+    op, module = registry.op(problem.op), registry.impl(f"{problem.op}/{name}").load()
     config = {**module.SPACE.default_for(problem), **config}
     assert module.SPACE.valid(config, problem), config
     tensors = op.inputs(problem, check.generator("cpu", 5))

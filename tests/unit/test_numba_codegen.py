@@ -20,14 +20,15 @@ from llvmlite import ir
 
 from rooftune.kernels.common import numba as vectors
 from rooftune.kernels.common import numba_tile as tiles
+from rooftune.kernels.common import numba_tmul as tmul
 from rooftune.kernels.common.numba_tile import Format
 
 INSTRUCTIONS = {  # of those that are spelled out where a CPU has none
     "x86-64": {"sse2"},
     "znver3": {"sse2", "avx2"},
     "skylake-avx512": {"sse2", "avx2", "avx512bw"},
-    "sapphirerapids": {"sse2", "avx2", "avx512bw", "avx512vnni", "avx512bf16"},
-    "znver5": {"sse2", "avx2", "avx512bw", "avx512vnni", "avx512bf16"},
+    "sapphirerapids": {"sse2", "avx2", "avx512bw", "avx512vnni", "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"},
+    "znver5": {"sse2", "avx2", "avx512f", "avx512dq", "avx512bw", "avx512vnni", "avx512bf16"},
 }
 
 
@@ -61,6 +62,7 @@ CASES = [  # CPU, lanes, format, rows, columns, instruction, register
     ("znver3", 8, Format("fp32", 1), 6, 16, "vfmadd", "ymm"),
     ("znver3", 8, Format("fp32", 1), 4, 24, "vfmadd", "ymm"),
     ("znver3", 8, Format("int8", 2, "int32"), 6, 16, "vpmaddwd", "ymm"),
+    ("znver5", 16, Format("fp32", 1), 28, 16, "vfmadd", "zmm"),
     ("znver5", 16, Format("fp32", 1), 14, 32, "vfmadd", "zmm"),
     ("znver5", 16, Format("fp32", 1), 8, 48, "vfmadd", "zmm"),
     ("znver5", 16, Format("bf16", 2), 14, 32, "vdpbf16ps", "zmm"),
@@ -84,6 +86,18 @@ def test_a_tile_keeps_its_sums_in_registers(
     assert not re.search(r"vfmadd\w*\s.*%xmm", loop)
 
 
+@pytest.mark.parametrize(("dtype", "instruction"), [("bf16", "tdpbf16ps"), ("int8", "tdpbssd")])
+def test_a_product_of_amx_is_four_tiles_a_step(dtype: str, instruction: str) -> None:
+    code = assembly(tmul.tile(tmul.FORMATS[dtype], 32, 32, ahead=2, stream=True), 5, 16, "sapphirerapids")
+    loop = inner_loop(code, instruction)
+    assert len(re.findall(rf"\b{instruction}\b", loop)) == 4
+    assert len(re.findall(r"\btileloadd\b", loop)) == len(re.findall(r"\btileloaddt1\b", loop)) == 2
+    assert len(re.findall(r"\bprefetcht0\b", loop)) == 64  # lines of a and b
+    assert "(%rsp" not in loop
+    assert "ldtilecfg" in assembly(tmul.configure(), 0, 16, "sapphirerapids")
+    assert "tilerelease" in assembly(tmul.release(), 0, 16, "sapphirerapids")
+
+
 def test_a_tile_that_is_too_large_is_seen_to_spill() -> None:
     assert "(%rsp" in inner_loop(assembly(tiles.tile(Format("fp32", 1), 8, 24), 5, 8, "znver3"), "vfmadd")
 
@@ -101,6 +115,7 @@ def test_exp2_is_fused_and_branch_free(cpu: str, width: int, degree: int) -> Non
     loop = inner_loop(code, "vfmadd")
     assert len(re.findall("vfmadd", loop)) == degree
     assert "call" not in loop
+    assert ("vreduceps" in loop, "vscalefps" in loop) == (width == 16, width == 16)
     assert len(re.findall(r"\n\tj", loop)) == 1  # the loop's own jump
 
 

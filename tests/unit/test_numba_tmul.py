@@ -1,0 +1,156 @@
+"""AMX's tiles in Numba: packed and multiplied, by the instructions where they are and spelled out everywhere."""
+
+# ruff: noqa: E402  # nothing below can be imported where numba or torch is missing
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+MISSING = [name for name in ("torch", "numba") if importlib.util.find_spec(name) is None]
+if MISSING:
+    pytest.skip(f"{', '.join(MISSING)} not installed", allow_module_level=True)
+
+import llvmlite.binding
+import numba
+import numpy as np
+import torch
+from numba.core import types
+
+from rooftune.kernels.common import numba as vectors
+from rooftune.kernels.common import numba_cpu as cpu
+from rooftune.kernels.common import numba_tile as tiles
+from rooftune.kernels.common import numba_tmul as tmul
+
+HERE = "amx-tile" in cpu.native()
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not HERE, reason="this CPU has no AMX"))])
+def real(request: pytest.FixtureRequest) -> bool:
+    """Whether the instructions themselves run."""
+    return bool(request.param)
+
+
+def _as(function: Any, count: int, real: bool) -> Any:
+    instructions = cpu.native() if real else ()
+    return vectors.intrinsic(
+        [types.int64] * count, lambda e, *given: function.emit(vectors.Emit(e.builder, 16, instructions), *given)
+    )
+
+
+def packer(function: Any) -> Callable[..., None]:
+    made = _as(function, 5, False)
+
+    @numba.njit("void(int64, int64, int64, int64, int64)")
+    def call(source, target, valid, stride, k):  # type: ignore[no-untyped-def]
+        made(source, target, valid, stride, k)
+
+    return lambda source, target, *sizes: call(source.data_ptr(), target.ctypes.data, *sizes)
+
+
+def multiplier(form: Any, rows: int, columns: int, real: bool, **how: Any) -> Callable[..., None]:
+    """(a, b, c, words, add) with the tiles configured for it."""
+    enter, leave = _as(tmul.configure(), 0, real), _as(tmul.release(), 0, real)
+    product = _as(tmul.tile(form, rows, columns, **how), 5, real)
+
+    @numba.njit("void(int64, int64, int64, int64, int64)")
+    def call(a, b, c, words, add):  # type: ignore[no-untyped-def]
+        enter()
+        product(a, b, c, words, add)
+        leave()
+
+    return lambda a, b, c, words, add: call(a.ctypes.data, b.ctypes.data, c.ctypes.data, words, add)
+
+
+def operands(dtype: str, rows: int, columns: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randint(-128, 128, (n, k), generator=generator).to(torch.int8) for n in (rows, columns))
+    return (a, b) if dtype == "int8" else ((a / 64).bfloat16(), (b / 64).bfloat16())
+
+
+@pytest.mark.parametrize("along_k", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 64), (16, 32)])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_packed_panels_multiply_to_the_product(dtype: str, rows: int, columns: int, along_k: bool, real: bool) -> None:
+    form, valid = tmul.FORMATS[dtype], rows - 3
+    k = 37 * form.steps + 1  # two whole steps of 16 words, and some of a third
+    words = -(-k // (16 * form.steps)) * 16
+    a, b = operands(dtype, valid, columns, k)
+    a_pack, b_pack = np.full((rows, words), -1, np.int32), np.full((columns, words), -1, np.int32)  # NaN, if read
+    for source, target, pack in (
+        (a, a_pack, tmul.pack(form, rows, along_k)),
+        (b, b_pack, tiles.pack(form, columns, along_k, deep=16)),
+    ):
+        laid = source if along_k else source.t().contiguous()
+        packer(pack)(laid, target, len(source), k if along_k else len(source), k)
+    sums = np.full((rows, columns), 7, np.int32 if dtype == "int8" else np.float32)
+    multiply = multiplier(form, rows, columns, real, ahead=2, stream=True)
+    multiply(a_pack, b_pack, sums, words - 16, 0)  # what was there does not count
+    rest = a_pack.reshape(-1)[(words - 16) * rows :], b_pack.reshape(-1)[(words - 16) * columns :]
+    multiply(*rest, sums, 16, 1)  # and here it is added to
+    want = a.double() @ b.double().t()
+    np.testing.assert_allclose(sums[:valid], want.numpy(), rtol=0, atol=0 if dtype == "int8" else 1e-4)
+    np.testing.assert_array_equal(sums[valid:], np.broadcast_to(sums[valid - 1], (3, columns)))  # the last row again
+
+
+def test_rows_of_a_tile_are_16_words_in_a_line() -> None:
+    """So that a tile is 1 KB of memory, whatever the panel's rows are."""
+    a, _ = operands("int8", 32, 1, 128)
+    packed = np.zeros((2, 32, 64), np.int8)
+    packer(tmul.pack(tmul.FORMATS["int8"], 32, True))(a, packed, 32, 128, 128)
+    np.testing.assert_array_equal(packed, a.numpy().reshape(32, 2, 64).transpose(1, 0, 2))
+
+
+@pytest.mark.skipif(not HERE, reason="this CPU has no AMX")
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_what_is_spelled_out_has_the_bits_of_the_instructions(dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    a, b = (rng.integers(-(2**31), 2**31, (32, 64), dtype=np.int64).astype(np.int32) for _ in range(2))
+    if dtype == "bf16":  # products near the end of the range, subnormal ones, infinities and NaN
+        for words in (a, b):
+            halves = rng.standard_normal((32, 64, 2)).astype(np.float32)
+            halves *= np.float32(2.0) ** rng.integers(-70, 60, halves.shape)
+            halves.reshape(-1)[::997] = np.tile(np.array([np.nan, np.inf, 2.0**-130, 3e38], np.float32), 2)[:5]
+            words.view(np.uint16).reshape(halves.shape)[:] = halves.view(np.uint32) >> 16
+    found = []
+    for real in (True, False):
+        c = rng.standard_normal((32, 32)).astype(np.float32) if not found else found[0][0].copy()
+        before = c.copy()
+        multiplier(tmul.FORMATS[dtype], 32, 32, real)(a, b, c, 64, 1)
+        found.append((before, c))
+    first, second = (c for _, c in found)
+    nan = np.isnan(first) if dtype == "bf16" else np.zeros_like(first, bool)
+    assert dtype == "int8" or (0 < nan.sum() < nan.size)
+    np.testing.assert_array_equal(first.view(np.int32)[~nan], second.view(np.int32)[~nan])
+    assert dtype == "int8" or np.isnan(second[nan]).all()
+
+
+def test_a_tile_that_needs_more_registers_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="48x32 takes more than 8"):
+        tmul.tile(tmul.FORMATS["bf16"], 48, 32)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    cpu.native.cache_clear()
+    yield
+    cpu.native.cache_clear()
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tiles_count_only_where_the_system_allows_them(
+    monkeypatch: pytest.MonkeyPatch, fresh: None, allowed: bool
+) -> None:
+    names = ("avx512f", "amx-tile", "amx-bf16", "amx-int8")
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: dict.fromkeys(names, True))
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
+    monkeypatch.setattr(cpu, "_tiles_allowed", lambda: allowed)
+    assert cpu.native() == (frozenset(names) if allowed else {"avx512f"})
+    assert cpu.tile_formats() == (("bf16", "int8") if allowed else ())
+
+
+def test_only_linux_is_asked_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.sys, "platform", "darwin")
+    assert not cpu._tiles_allowed()
