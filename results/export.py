@@ -97,10 +97,13 @@ def to_markdown(records: Iterable[Record]) -> str:
         columns = ["problem", "competitor", "status", *figures]
         if any(r.goal is not None for r in measured):  # whether it is reached, and the ratio at the roof
             columns[-1:-1] = ["at roof", "goal"]
+            beside: dict[tuple[str, str], list[Record]] = {}
+            for r in measured:
+                beside.setdefault((r.run, r.problem), []).append(r)
             for row, r in zip(rows, measured, strict=True):
                 row[-1:-1] = [
                     "" if r.ratio_at_roof is None else f"{r.ratio_at_roof:.2f}x",
-                    "" if r.goal is None else f"{r.goal:g}x {goals.outcome(r)}".strip(),
+                    "" if r.goal is None else f"{r.goal:g}x {goals.outcome(r, beside[r.run, r.problem])}".strip(),
                 ]
         parts.append(markdown(columns, rows, ("at roof", *figures)))
     for evidence in (Evidence.EMULATED, Evidence.COMPILED):

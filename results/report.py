@@ -227,7 +227,7 @@ def _race(
         row = [name_of(record, short=True), record.status + mark, _time(record, wide), _number(rate)]
         row += ["" if record.roof is None else f"{record.roof * 100:.1f}%"]
         row += [_ratio(record.ratio_to_torch, record.ratio_ci, wide)]
-        row += [goals.outcome(record)] if goal else []
+        row += [goals.outcome(record, timed)] if goal else []
         row += [_number(_joules(record), 1e3)] if energy else []
         rows.append(([*row, _error(record)], "green" if record.tie else ""))
     for record in lost:

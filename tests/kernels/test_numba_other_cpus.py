@@ -58,7 +58,7 @@ def run_tiles() -> None:
     for precision, transpose, epilogue, config in TILES:
         flags = {"transpose": transpose, "epilogue": epilogue}
         problems = shapes.drawn(
-            SHAPES,
+            shapes.SHAPES // len(TILES),
             lambda size, p=precision, f=flags: Problem.make("gemm", p, f, m=size(), n=size(), k=size(300, 23, 513, 1)),
         )
         shapes.race_shapes(problems, lambda problem, config=config: config, "numba_amx")
