@@ -28,8 +28,9 @@ def native() -> frozenset[str]:
     """What this CPU can do, in LLVM's names; NUMBA_CPU_FEATURES is obeyed as numba itself does."""
     given = numba.config.CPU_FEATURES  # "" if NUMBA_CPU_NAME is generic
     if given is not None:
-        return frozenset(name[1:] for name in given.split(",") if name.startswith("+"))
-    names = frozenset(name for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
+        names = frozenset(name[1:] for name in given.split(",") if name.startswith("+"))
+    else:
+        names = frozenset(name for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
     return names if "amx-tile" not in names or _tiles_allowed() else names - {n for n in names if n.startswith("amx-")}
 
 

@@ -139,13 +139,16 @@ def fresh() -> Iterator[None]:
     cpu.native.cache_clear()
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["by the user", "found"])
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tiles_count_only_where_the_system_allows_them(
-    monkeypatch: pytest.MonkeyPatch, fresh: None, allowed: bool
+    monkeypatch: pytest.MonkeyPatch, fresh: None, allowed: bool, given: bool
 ) -> None:
+    """Used without asking they are an illegal instruction, however numba came to know of them."""
     names = ("avx512f", "amx-tile", "amx-bf16", "amx-int8")
-    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: dict.fromkeys(names, True))
-    monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
+    found = {} if given else dict.fromkeys(names, True)
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: found)
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", ",".join(f"+{n}" for n in names) if given else None)
     monkeypatch.setattr(cpu, "_tiles_allowed", lambda: allowed)
     assert cpu.native() == (frozenset(names) if allowed else {"avx512f"})
     assert cpu.tile_formats() == (("bf16", "int8") if allowed else ())
