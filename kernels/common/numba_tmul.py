@@ -123,8 +123,8 @@ def tile(form: Format, rows: int, columns: int, ahead: int = 0, stream: bool = F
     a: packed by `pack` of `rows` rows; b: packed [words][columns]; c: [rows][columns] of accumulators, added to if
     `add` is not 0; words: a multiple of 16. `stream`: b need not stay in the L1 cache, in which a does while panels of
     b pass by (1892 GFLOP/s instead of 1458); `ahead`: lines of both are fetched there so many steps of 16 words before
-    they are multiplied, what follows a panel too (a product of 1024 is 1.2 times as fast where another machine's
-    thread is busy on the same core, and as fast as without where the core is free).
+    they are multiplied, what follows a panel too (on a virtual Xeon a product of 1024 is 1.2 times as fast by it in
+    spells in which tiles load at a quarter of their rate, and as fast as without otherwise).
     """
     high, wide = rows // SIDE, columns // SIDE
     sums = [[i * wide + j for j in range(wide)] for i in range(high)]  # numbers of tiles
