@@ -15,7 +15,7 @@ from rooftune.kernels.attention import without_lse
 from rooftune.kernels.common import numba_tmul
 from rooftune.kernels.common.numba import ITEM, LINE, LOG2E, threads
 from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, tile_formats, vector_width
-from rooftune.kernels.common.numba_online import begin, end, soften
+from rooftune.kernels.common.numba_online import KEPT, begin, end, soften
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
 from rooftune.kernels.common.numba_tile import Format, pack, tile, touch
 
@@ -27,18 +27,25 @@ TILES = {  # rows (keys, or columns of v) x queries of the register tile, by lan
     8: ("4x16", "4x24", "6x16", "12x8", "8x8"),
     4: ("4x12", "6x8", "4x8", "8x4"),
 }
-AMX_TILES = ("32x32", "16x64")  # the sums of both are four of the eight tiles
+AMX_TILES = ("16x32", "32x16", "32x32", "16x16")
 
 
 def _default(problem: Problem) -> Config:
     tiles, dtype = TILES[vector_width()], problem.precision
     few = problem["sq"] * problem["h"] // problem["hkv"] <= vector_width()
-    square = dtype in tile_formats() and not few
+    if dtype in tile_formats():  # a block's scores, keys and values fit the L1 cache, or there are fewer blocks
+        small = few or problem["d"] <= 64
+        return {
+            "tile": "32x16" if small else "16x32",
+            "block_k": 96 if small else 256,
+            "query_tiles": 32,
+            "multiply": "amx",
+        }
     return {
-        "tile": AMX_TILES[0] if square else tiles[-2] if few else tiles[0],
-        "block_k": 256,
+        "tile": tiles[-2] if few else tiles[0],
+        "block_k": 128 if vector_width() == 16 else 256,  # 16: 1.02 to 1.04 times as fast; others not measured
         "query_tiles": 32,
-        "multiply": "amx" if square else "dot" if dtype in dot_formats() and dot_is_fast(dtype) else "widen",
+        "multiply": "dot" if dtype in dot_formats() and dot_is_fast(dtype) else "widen",
     }
 
 
@@ -73,10 +80,11 @@ def nothing() -> None:
 @cache
 def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
     """A task: some tiles of queries of one head, in its slot's part of the scratch memory."""
-    form, item, degree = Format(dtype, _steps(multiply_by)), ITEM[dtype], 5 if dtype == "fp32" else 4
+    form, item = Format(dtype, _steps(multiply_by)), ITEM[dtype]
+    degree = 5 if dtype == "fp32" else 4 if form.steps == 1 else 3  # of exp2: 3 where its values are rounded to bf16
     panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
     if multiply_by == "amx":
-        deep, multiply = numba_tmul.SIDE, numba_tmul.tile(form, rows, queries, ahead=1)
+        deep, multiply = numba_tmul.SIDE, numba_tmul.tile_of_packed(form, rows, queries)
         pack_k, pack_v = (numba_tmul.pack(form, panel, along_k) for along_k in (True, False))
         enter, leave = numba_tmul.configure(), numba_tmul.release()
     else:
@@ -89,31 +97,33 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
 
     @job
     def attention(given, task, slot):  # type: ignore[no-untyped-def]
-        q, k, v, out, scratch, size, group, sq, sk, d, causal, block, tiles, factor = arguments(given)
-        every = (sq + queries - 1) // queries
+        q, k, v, out, scratch, size, count, period, sk, d, beyond, block, tiles, factor = arguments(given)
+        every = (count + queries - 1) // queries
         parts = (every + tiles - 1) // tiles
         columns, tall = (d + panel - 1) // panel * panel, (block + panel - 1) // panel * panel
         words = (d + most - 1) // most * deep
-        each = (words + columns + 2) * queries * 4
+        each = (words + columns + KEPT) * queries * 4
         own = scratch + slot * size
         scores = own + tiles * each
         k_pack = scores + tall * queries * 4
         v_pack = k_pack + tall * words * 4
-        head, part = task // parts, task % parts
-        if causal:  # the last queries see most keys: long tasks first, short ones fill the end
-            part = parts - 1 - part
+        head = task // parts
+        part = parts - 1 - task % parts  # under a causal mask the last see most keys: long tasks first, short ones last
         begin_tile = part * tiles
-        enter()
         end_tile = min(begin_tile + tiles, every)
+        enter()
+        stop = 0
         for t in range(begin_tile, end_tile):
             first, packed = t * queries, own + (t - begin_tile) * each
-            pack_q(q + (head * sq + first) * d * item, packed, min(queries, sq - first), d, d)
-            start(packed + words * queries * 4, d * queries)
-        stop = max(0, min(sk, min(end_tile * queries, sq) + sk - sq)) if causal else sk
+            valid, query = min(queries, count - first), first % period
+            pack_q(q + (head * count + first) * d * item, packed, valid, d, d)
+            start(packed + words * queries * 4, d * queries, query, period, beyond, valid)
+            stop = max(stop, min(query + valid, period) + beyond)
+        stop = min(stop, sk)
         for key in range(0, stop, block):
             keys = min(block, stop - key)
             thick = (keys + most - 1) // most * deep  # words of a packed panel of v
-            here = (head // group * sk + key) * d * item
+            here = (head * sk + key) * d * item
             for r in range(0, keys, panel):
                 pack_k(k + here + r * d * item, k_pack + r * words * 4, min(panel, keys - r), d, d)
             for c in range(0, columns, panel):
@@ -124,24 +134,25 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
                 fetch(k + here + ahead + (t - begin_tile) * share, share)
                 fetch(v + here + ahead + (t - begin_tile) * share, share)
                 first = t * queries
-                limit = first + sk - sq - key if causal else keys  # the last key that lane 0 sees
-                last = limit + min(queries, sq - first) - 1 if causal else keys
-                seen = min(keys, last + 1)
+                valid, query = min(queries, count - first), first % period
+                turns = query + valid > period  # to the next head: its first query is among them
+                seen = min(keys, min(query + valid, period) + beyond - key)  # by any
+                clear = (0 if turns else query) + beyond + 1 - key  # seen by all
                 if seen > 0:
                     packed = own + (t - begin_tile) * each
                     sums = packed + words * queries * 4
                     for r in range(0, seen, rows):
                         left = k_pack + (r // panel * panel * words + r % panel) * 4
                         multiply(left, packed, scores + r * queries * 4, words, 0)
-                    softmax(scores, seen, sums, d, limit, last, factor)
+                    softmax(scores, seen, sums, d, key, clear, factor)
                     for c in range(0, d, rows):
                         left = v_pack + (c // panel * panel * thick + c % panel) * 4
-                        multiply(left, scores, sums + (c + 2) * queries * 4, (seen + most - 1) // most * deep, 1)
+                        multiply(left, scores, sums + (c + KEPT) * queries * 4, (seen + most - 1) // most * deep, 1)
         leave()
         for t in range(begin_tile, end_tile):
             first = t * queries
             sums = own + (t - begin_tile) * each + words * queries * 4
-            finish(sums, d, out + (head * sq + first) * d * item, min(queries, sq - first))
+            finish(sums, d, out + (head * count + first) * d * item, min(queries, count - first))
 
     return attention
 
@@ -149,24 +160,23 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [b, h, sq, d], q: [b, h, sq, d], k, v: [b, hkv, sk, d]), all contiguous.
 
-    One task: `query_tiles` tiles of queries of one head against all keys. With queries in lanes, k and v are
-    read one number for all lanes, and maximum, total and rescaling need no sums across lanes. A block of k
-    and v is packed (and widened, if `multiply` says so) once for all tiles of the task.
+    One task: `query_tiles` tiles of queries of the heads that share k and v, one head after the other, against all
+    keys. With queries in lanes, k and v are read one number for all lanes, and maximum, total and rescaling need no
+    sums across lanes. A block of k and v is packed (and widened, if `multiply` says so) once for all tiles of the task.
     """
     require(problem.precision)
     without_lse(problem, "attention/numba")
-    heads, group = problem["b"] * problem["h"], problem["h"] // problem["hkv"]
-    sq, sk, d = problem["sq"], problem["sk"], problem["d"]
-    causal = int(bool(problem.flag("causal")) and sq > 1)  # bottom right: a single query sees every key
-    if not causal:  # the heads that share k and v lie one after the other: more queries of one head
-        heads, group, sq = heads // group, 1, sq * group
+    heads, period, sk, d = problem["b"] * problem["hkv"], problem["sq"], problem["sk"], problem["d"]
+    count = period * problem["h"] // problem["hkv"]
+    causal = bool(problem.flag("causal")) and period > 1  # bottom right: a single query sees every key
+    beyond = sk - period if causal else sk
     rows, queries = (int(side) for side in config["tile"].split("x"))
     steps, deep = _steps(config["multiply"]), numba_tmul.SIDE if config["multiply"] == "amx" else 1
-    block, every = min(config["block_k"], sk), -(-sq // queries)
+    block, every = min(config["block_k"], sk), -(-count // queries)
     tiles = min(config["query_tiles"], -(-every // -(-threads() // heads)))
     columns, tall = (-(-size // rows) * rows + vector_width() for size in (d, block))  # padded panels fit
     words, thick = (-(-size // (steps * deep)) * deep for size in (d, block))
-    space = tiles * (words + columns + 2) * queries + tall * (queries + words) + columns * thick
+    space = tiles * (words + columns + KEPT) * queries + tall * (queries + words) + columns * thick
     size = -(-space // 16) * 64  # bytes, whole cache lines
     tasks = heads * -(-every // tiles)
     scratch = torch.empty(slots(tasks) * size // 4, dtype=torch.float32)
@@ -176,7 +186,7 @@ def build(problem: Problem, config: Config) -> Run:
     def run(out: Any, q: Any, k: Any, v: Any) -> None:
         kernel(
             *(t.data_ptr() for t in (q, k, v, out, scratch)),
-            *(size, group, sq, sk, d, causal, block, tiles, factor),
+            *(size, count, period, sk, d, beyond, block, tiles, factor),
         )
 
     return run

@@ -1,4 +1,8 @@
-"""Online softmax in Numba: queries in vector lanes; scores become probabilities where they are, sums follow."""
+"""Online softmax in Numba: queries in vector lanes; scores become probabilities where they are, sums follow.
+
+What a tile of queries keeps: maximum [queries], total [queries], the last key that each sees [queries] (int32), then
+the output so far, [d][queries].
+"""
 
 from __future__ import annotations
 
@@ -11,54 +15,66 @@ from numba import types
 
 from rooftune.kernels.common.numba import I32, ITEM, Emit, State, Value, intrinsic
 from rooftune.kernels.common.numba_dot import round_pairs
-from rooftune.kernels.common.numba_tile import transpose
+from rooftune.kernels.common.numba_tile import WORD, transpose
 
+CHAINS = 8  # maxima at once: one takes 4 cycles until the next may follow, and two may begin in each
+KEPT = 3  # rows of queries before the output
 RESCALE = 8.0  # a maximum may be exceeded by 2^8 before earlier sums are scaled down to a new one
 
 
 @cache
 def begin(queries: int) -> Any:
-    """Numba function (sums, count): no key seen yet; sums: maximum [queries], total [queries], output [count]."""
+    """Numba function (sums, count, query, period, beyond, valid): no key seen yet; output: [count].
 
-    def emit(e: Emit, sums: Value, count: Value) -> None:
+    Lane i is query (query + i) % period of its head and sees the keys up to that number + beyond: heads that share keys
+    lie one after the other. Lanes from `valid` on are the last valid query again.
+    """
+
+    def emit(e: Emit, sums: Value, count: Value, query: Value, period: Value, beyond: Value, valid: Value) -> None:
+        b = e.builder
+
         def clear(i: Value, _: State) -> State:
-            e.store(e.splat(0.0), e.offset(sums, e.builder.add(i, e.index(queries)), 4), "fp32")
+            e.store(e.splat(0.0), e.offset(sums, i, WORD), "fp32")
             return []
 
-        for lane in range(0, queries, e.width):
-            e.store(e.splat(-math.inf), e.builder.add(sums, e.index(lane * 4)), "fp32")
-        e.loop(e.index(0), e.builder.add(count, e.index(queries)), e.width, [], clear)
+        def lane(i: Value, state: State) -> State:
+            (own,) = state
+            e.store_raw(b.trunc(b.add(own, beyond), I32), e.offset(sums, b.add(i, e.index(2 * queries)), WORD), WORD)
+            after = b.add(own, e.index(1))
+            after = b.select(b.icmp_signed("==", after, period), e.index(0), after)
+            return [b.select(b.icmp_signed("<", b.add(i, e.index(1)), valid), after, own)]
 
-    return intrinsic([types.int64] * 2, emit)
+        for first in range(0, queries, e.width):
+            e.store(e.splat(-math.inf), b.add(sums, e.index(first * WORD)), "fp32")
+        e.loop(e.index(queries), e.index(2 * queries), e.width, [], clear)
+        e.loop(e.index(0), e.index(queries), 1, [query], lane)
+        e.loop(e.index(KEPT * queries), b.add(count, e.index(KEPT * queries)), e.width, [], clear)
+
+    return intrinsic([types.int64] * 6, emit)
 
 
 @cache
 def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
-    """Numba function (scores [keys][queries], keys, sums, d, limit, last, factor): scores to probabilities.
+    """Numba function (scores [keys][queries], keys, sums, d, first, clear, factor): scores to probabilities.
 
     Online softmax (Milakov and Gimelshein, 2018), one query a lane: new maximum, earlier sums scaled down,
     exponentials added to the totals. Any number near the maximum does as well, so a lane keeps the one it
-    has until a score exceeds it by `RESCALE`, and most blocks scale nothing. Lane i may see the keys up to
-    min(limit + i, last), counted from the block's first key. A lane that has seen no key yet has the maximum
-    -inf and 0 is subtracted instead. A NaN is no maximum but makes its own lane's total NaN. Scores are
-    multiplied by the factor here, which costs nothing: the subtraction of the maximum becomes an FMA.
+    has until a score exceeds it by `RESCALE`, and most blocks scale nothing. `first` is the number of the block's
+    first key; its first `clear` keys are seen by all, of the others a lane sees those up to its last one. A lane
+    that has seen no key yet has the maximum -inf and 0 is subtracted instead. A NaN is no maximum but makes its own
+    lane's total NaN. Scores are multiplied by the factor here, which costs nothing: the subtraction of the maximum
+    becomes an FMA.
 
     `pairs`: the probabilities of two keys are written as one word of bf16 each, in the first half of the rows, and
     zeros behind them up to a whole number of `deep` words.
     """
 
     def emit(
-        e: Emit, scores: Value, keys: Value, sums: Value, d: Value, limit: Value, last: Value, factor: Value
+        e: Emit, scores: Value, keys: Value, sums: Value, d: Value, first: Value, clear: Value, factor: Value
     ) -> None:
         b, vectors = e.builder, queries // e.width
         lanes = range(0, queries, e.width)
         minus, factors = e.splat(-math.inf), e.splat(factor)
-        limits = []
-        for lane in lanes:
-            order = ir.Constant(e.ints, [lane + i for i in range(e.width)])
-            own = b.add(order, e.broadcast(b.trunc(limit, I32), e.width))
-            most = e.broadcast(b.trunc(last, I32), e.width)
-            limits.append(b.select(b.icmp_signed("<", own, most), own, most))
 
         def place(key: Value, lane: int) -> Value:
             return b.add(e.offset(scores, key, queries * 4), e.index(lane * 4))
@@ -66,20 +82,25 @@ def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
         def largest(key: Value, state: State) -> State:
             return [e.max(e.load(place(key, lane), "fp32"), s) for lane, s in zip(lanes, state, strict=True)]
 
+        def several(key: Value, state: State) -> State:
+            each = [state[i : i + vectors] for i in range(0, len(state), vectors)]
+            return [top for i, part in enumerate(each) for top in largest(b.add(key, e.index(i)), part)]
+
         def masked(key: Value, state: State) -> State:
-            number = e.broadcast(b.trunc(key, I32), e.width)
-            for lane, most in zip(lanes, limits, strict=True):
-                seen = b.icmp_signed("<=", number, most)
+            number = e.broadcast(b.trunc(b.add(first, key), I32), e.width)
+            for lane in lanes:
+                seen = b.icmp_signed("<=", number, e.load_raw(stat(2, lane), e.ints, WORD))
                 e.store(b.select(seen, e.load(place(key, lane), "fp32"), minus), place(key, lane), "fp32")
             return largest(key, state)
 
         def stat(index: int, lane: int) -> Value:
             return b.add(sums, e.index((index * queries + lane) * 4))
 
-        clear = b.select(b.icmp_signed("<", limit, last), limit, last)  # every lane sees the keys up to here
-        whole = b.add(clear, e.index(1))
-        whole = b.select(b.icmp_signed("<", whole, keys), whole, keys)
-        reached, state = e.loop(e.index(0), whole, 1, [minus] * vectors, largest)
+        whole = b.select(b.icmp_signed("<", clear, keys), clear, keys)
+        together = max(1, CHAINS // vectors)
+        reached, state = e.loop(e.index(0), whole, together, [minus] * (together * vectors), several)
+        state = [e.tree(state[v::vectors], e.max) for v in range(vectors)]
+        reached, state = e.loop(reached, whole, 1, state, largest)
         _, state = e.loop(reached, keys, 1, state, masked)
         old, new, changed = [e.load(stat(0, lane), "fp32") for lane in lanes], [], []
         for o, top in zip(old, state, strict=True):
@@ -118,19 +139,19 @@ def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
             totals = e.branch(odd, lambda: pair(reached, sofar, both=False), lambda: sofar)
             words = b.lshr(b.add(keys, e.index(1)), e.index(1))
 
-            def clear(word: Value, _: State) -> State:
+            def blank(word: Value, _: State) -> State:
                 for lane in lanes:
                     e.store(e.splat(0.0), place(word, lane), "fp32")
                 return []
 
-            e.loop(words, b.mul(b.sdiv(b.add(words, e.index(deep - 1)), e.index(deep)), e.index(deep)), 1, [], clear)
+            e.loop(words, b.mul(b.sdiv(b.add(words, e.index(deep - 1)), e.index(deep)), e.index(deep)), 1, [], blank)
         for v, lane in enumerate(lanes):
             e.store(new[v], stat(0, lane), "fp32")
             e.store(totals[v], stat(1, lane), "fp32")
 
         def rescale(row: Value, _: State) -> State:
             for v in range(vectors):
-                where = b.add(e.offset(sums, row, queries * 4), e.index((2 * queries + v * e.width) * 4))
+                where = b.add(e.offset(sums, row, queries * 4), e.index((KEPT * queries + v * e.width) * 4))
                 e.store(b.fmul(e.load(where, "fp32"), shrink[v]), where, "fp32")
             return []
 
@@ -168,7 +189,7 @@ def end(queries: int, dtype: str) -> Any:
                 rows = []
                 for column in columns:
                     row = e.offset(sums, column, queries * 4)
-                    value = e.load(b.add(row, e.index((2 * queries + lane) * 4)), "fp32")
+                    value = e.load(b.add(row, e.index((KEPT * queries + lane) * 4)), "fp32")
                     rows.append(b.bitcast(b.fmul(value, factor), e.ints))
                 own = [least(e.index(lane + i), last) for i in range(e.width)]
                 return [(q, b.bitcast(row, e.vector)) for q, row in zip(own, transpose(e, rows), strict=True)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 
@@ -117,39 +118,44 @@ def pack(form: Format, size: int, along_k: bool) -> Any:
 
 
 @cache
-def tile(form: Format, rows: int, columns: int, ahead: int = 0, stream: bool = False) -> Any:
-    """Numba function (a, b, c, words, add): c (+)= a b on one register tile, after `configure`.
+def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
+    """Numba function (a, b, c, words, add, step, stride): c (+)= a b on one register tile, after `configure`.
 
-    a: packed by `pack` of `rows` rows; b: packed [words][columns]; c: [rows][columns] of accumulators, added to if
-    `add` is not 0; words: a multiple of 16. `stream`: b need not stay in the L1 cache, in which a does while panels of
-    b pass by (1892 GFLOP/s instead of 1458); `ahead`: lines of both are fetched there so many steps of 16 words before
-    they are multiplied, what follows a panel too (on a virtual Xeon a product of 1024 is 1.2 times as fast by it in
-    spells in which tiles load at a quarter of their rate, and as fast as without otherwise).
+    a: rows `stride` bytes apart, 16 words of which are `step` bytes from the next 16: `rows * ROW` and ROW where
+    it was packed, ROW and the bytes of a row where it lies as given; b: packed [words][columns]; c: [rows][columns] of
+    accumulators, added to if `add` is not 0; words: a multiple of 16. `stream`: b need not stay in the L1 cache, in
+    which a does while panels of b pass by.
+
+    All of b goes through one register. On a virtual Xeon, in spells in which the matrix unit alone does a quarter, what
+    counts is how many of the eight are in use: with operands in the L2 cache, a tile of 32x32 does 360 GFLOP/s with
+    eight, 490 with seven, one of 16x32 590 with five and 640 with four (outside of such spells 1400, 1430, 1210, 1200).
     """
     high, wide = rows // SIDE, columns // SIDE
     sums = [[i * wide + j for j in range(wide)] for i in range(high)]  # numbers of tiles
     left = [high * wide + i for i in range(high)]
-    free = list(range(high * (wide + 1), TILES))
-    if not free:
+    right = high * (wide + 1)  # one for all of b: see below
+    if right >= TILES:
         raise ValueError(f"a tile of {rows}x{columns} takes more than {TILES} of AMX")
 
-    def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value) -> None:
+    def emit(
+        e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value, step_a: Value, stride_a: Value
+    ) -> None:
         if _spell(e):
-            return _spelled(e, form, rows, columns, (a, b_panel, c, words, add))
+            return _spelled(e, form, rows, columns, (a, b_panel, c, words, add, step_a, stride_a))
         b = e.builder
 
         def call(name: str, *numbers: int) -> None:
             e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, x) for x in numbers])
 
-        def move(name: str, number: int, address: Value, stride: int) -> None:
+        def move(name: str, number: int, address: Value, stride: Value) -> None:
             where = b.inttoptr(address, I8.as_pointer())
-            e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, number), where, e.index(stride)])
+            e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, number), where, stride])
 
         def every(name: str) -> None:
             for i in range(high):
                 for j in range(wide):
                     place = b.add(c, e.index((i * SIDE * columns + j * SIDE) * WORD))
-                    move(name, sums[i][j], place, columns * WORD)
+                    move(name, sums[i][j], place, e.index(columns * WORD))
 
         def zeros() -> State:
             for number in (x for row in sums for x in row):
@@ -161,19 +167,15 @@ def tile(form: Format, rows: int, columns: int, ahead: int = 0, stream: bool = F
             return []
 
         def step(word: Value, _: State) -> State:
-            base = b.add(a, b.mul(word, e.index(rows * WORD)))
-            right = b.add(b_panel, b.mul(word, e.index(columns * WORD)))
+            base = b.add(a, b.mul(b.lshr(word, e.index(4)), step_a))  # 2^4 is SIDE
+            beside = b.add(b_panel, b.mul(word, e.index(columns * WORD)))
             for j in range(wide):
-                place, number = b.add(right, e.index(j * ROW)), free[j % len(free)]
-                for i in range(ahead * SIDE, (ahead + 1) * SIDE if ahead else 0):
-                    e.prefetch(b.add(place, e.index(i * columns * WORD)), near=True)
-                for i in range(ahead * rows, (ahead + 1) * rows if ahead and j == 0 else 0):
-                    e.prefetch(b.add(base, e.index(i * ROW)), near=True)
-                move("tileloaddt164" if stream else "tileloadd64", number, place, columns * WORD)
+                place, apart = b.add(beside, e.index(j * ROW)), e.index(columns * WORD)
+                move("tileloaddt164" if stream else "tileloadd64", right, place, apart)
                 for i in range(high):
                     if j == 0:
-                        move("tileloadd64", left[i], b.add(base, e.index(i * TILE)), ROW)
-                    call(PRODUCT[form.dtype], sums[i][j], left[i], number)
+                        move("tileloadd64", left[i], b.add(base, b.mul(stride_a, e.index(i * SIDE))), stride_a)
+                    call(PRODUCT[form.dtype], sums[i][j], left[i], right)
             return []
 
         e.branch(b.icmp_signed("!=", add, e.index(0)), loads, zeros)
@@ -181,12 +183,24 @@ def tile(form: Format, rows: int, columns: int, ahead: int = 0, stream: bool = F
         every("tilestored64")
         return None
 
-    return intrinsic([types.int64] * 5, emit)
+    return intrinsic([types.int64] * 7, emit)
+
+
+@cache
+def tile_of_packed(form: Format, rows: int, columns: int) -> Any:
+    """Numba function (a, b, c, words, add): the same, of an a that was packed."""
+    multiply, step = tile(form, rows, columns), rows * ROW
+
+    @numba.njit(error_model="numpy")
+    def product(a, b, c, words, add):  # type: ignore[no-untyped-def]
+        multiply(a, b, c, words, add, step, ROW)
+
+    return product
 
 
 def _spelled(e: Emit, form: Format, rows: int, columns: int, arguments: State) -> None:
     """The same, with vectors: row by row of a tile."""
-    (a, b_panel, c, words, add), b = arguments, e.builder
+    (a, b_panel, c, words, add, step_a, stride_a), b = arguments, e.builder
     dot = numba_dot.bf16_sixteen if form.dtype == "bf16" else numba_dot.int8_sixteen
     kind = e.vector if form.accumulator == "fp32" else e.ints
 
@@ -197,7 +211,7 @@ def _spelled(e: Emit, form: Format, rows: int, columns: int, arguments: State) -
             start = [b.select(b.icmp_signed("!=", add, e.index(0)), before, ir.Constant(kind, None))]
 
             def step(word: Value, state: State, first: int = first) -> State:
-                left = b.add(b.add(a, b.mul(word, e.index(rows * WORD))), b.mul(i, e.index(ROW)))
+                left = b.add(b.add(a, b.mul(b.lshr(word, e.index(4)), step_a)), b.mul(i, stride_a))
                 right = b.add(b_panel, b.mul(b.add(b.mul(word, e.index(columns)), e.index(first)), e.index(WORD)))
                 xs = [e.broadcast(e.load_raw(e.offset(left, e.index(w), WORD), I32, WORD), SIDE) for w in range(SIDE)]
                 ys = [e.load_raw(e.offset(right, e.index(w * columns), WORD), e.ints, WORD) for w in range(SIDE)]

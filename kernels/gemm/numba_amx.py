@@ -14,17 +14,18 @@ from rooftune.kernels.common.numba_cpu import tile_formats
 from rooftune.kernels.common.numba_epilogue import finish
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
 from rooftune.kernels.common.numba_tile import pack
-from rooftune.kernels.common.numba_tmul import FORMATS, SIDE, configure, release, tile
+from rooftune.kernels.common.numba_tmul import FORMATS, ROW, SIDE, configure, release, tile
 from rooftune.kernels.common.numba_tmul import pack as pack_tiles
 
 DEVICES = ("cpu",)
 PRECISIONS = ("bf16", "int8")
 
+PACKED = 1 << 20  # bytes of b: half of an L2 cache
 SWEEP = 2 * SIDE  # words of k packed at a time where k is not contiguous
 
 
 BLOCKS = {  # rows of a and columns of b packed at a time, steps of k before sums go to memory and back
-    "m": (64, 128, 256, 512, 1024),
+    "m": (64, 128, 256, 512, 1024, 2048, 4096),
     "n": (64, 128, 256, 512, 1024),
     "k": (256, 512, 1024, 2048, 4096),
 }
@@ -35,13 +36,21 @@ def _blocks(axis: str, size: int) -> list[int]:
     return [block for block in BLOCKS[axis] if block < 2 * size or block == BLOCKS[axis][0]]
 
 
+def _in_place(problem: Problem) -> bool:
+    """Whether tiles are loaded from a as it lies: rows of it that are whole steps of 16 words."""
+    return problem.flag("transpose", "nn")[0] == "n" and problem["k"] % (SIDE * FORMATS[problem.precision].steps) == 0
+
+
 def _default(problem: Problem) -> Config:
-    few, along_k = problem["m"] <= SIDE, problem.flag("transpose", "nn")[1] == "t"
-    wanted = {"m": 1024, "n": 64 if few else 256 if problem.precision == "bf16" else 512, "k": 4096 if few else 2048}
+    k, few, along_k = problem["k"], problem["m"] <= SIDE, problem.flag("transpose", "nn")[1] == "t"
+    deep = 4096 if few or _in_place(problem) else 2048
+    wide = PACKED // (min(k, deep) * ITEM[problem.precision])
+    # b is packed once for all rows of a block of a, and a is not packed, or stays in the L2 cache with the sums
+    tall = 4096 if _in_place(problem) and k <= deep else 1024
+    wanted = {"m": tall, "n": 64 if few else max(64, min(wide, 512)), "k": deep}
     return {
-        "tile": "32x32" if not few else "16x32" if along_k else "16x64",
+        "tile": "16x32" if not few or along_k else "16x64",
         **{f"block_{x}": max(b for b in _blocks(x, problem[x]) if b <= most) for x, most in wanted.items()},
-        "near": 1,
     }
 
 
@@ -49,7 +58,6 @@ SPACE = Space(
     axes={
         "tile": ("32x32", "16x64", "16x32"),  # of eight tiles of 16 x 16: 4 (4, 2) for sums
         **{f"block_{x}": blocks for x, blocks in BLOCKS.items()},
-        "near": (0, 1, 2),  # steps of 16 words by which operands are in the L1 cache before they are multiplied
     },
     where=(lambda config, problem: all(config[f"block_{x}"] in _blocks(x, problem[x]) for x in BLOCKS),),
     default=_default,
@@ -59,16 +67,17 @@ ARGUMENTS = ("int64",) * 15
 
 
 @cache
-def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int, near: int) -> Job:
+def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int) -> Job:
     """A task: `height` panels of a against one of `split` parts of b's panels, `group` of these at a time.
 
-    Both are packed in the slot's own memory, where they stay in the L2 cache until they are used up; words of k in a
-    block: `depth`; register tiles of sums kept from block to block: `room`.
+    b is packed in the slot's own memory, where it stays in the L2 cache until it is used up, and so is a where tiles
+    cannot be loaded from it as it lies; words of k in a block: `depth`; register tiles of sums kept from block to
+    block: `room`.
     """
     form = FORMATS[dtype]
     a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
     pack_a, pack_b = pack_tiles(form, rows, a_along_k), pack(form, columns, b_along_k, deep=SIDE)
-    multiply, end = tile(form, rows, columns, near, stream=True), finish(form, columns, epilogue)
+    multiply, end = tile(form, rows, columns, stream=True), finish(form, columns, epilogue)
     enter, leave = configure(), release()
     item, steps, area, arguments = ITEM[dtype], form.steps, rows * columns * 4, arguments_of(*ARGUMENTS)
     rows_added = rows if epilogue == "residual" else 0  # a bias is the same for all rows
@@ -79,11 +88,14 @@ def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int,
         a, b, bias, out, a_pack, b_pack, sums, m, n, k, height, group, depth, split, room = arguments(given)
         words = (k + SIDE * steps - 1) // (SIDE * steps) * SIDE
         a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
-        left, right = a_pack + slot * height * rows * depth * 4, b_pack + slot * group * columns * depth * 4
+        in_place = a_along_k and k % (SIDE * steps) == 0
+        left = a_pack + slot * (1 if in_place else height) * rows * depth * 4
+        right = b_pack + slot * group * columns * depth * 4
         totals = sums + slot * room * area
         begin, part = task // split * height, task % split
         stop = min(begin + height, a_panels)
         from_panel, to_panel = part * b_panels // split, (part + 1) * b_panels // split
+        packed = min(stop, m // rows) if in_place else begin  # panels of a from here on are: a ragged last one
         enter()
         for first in range(from_panel, to_panel, group):
             behind = min(first + group, to_panel)
@@ -102,23 +114,26 @@ def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int,
                             source = b + ((w + at) * steps * n + j * columns) * item
                             target = right + (j - first) * wide + at * columns * 4
                             pack_b(source, target, min(columns, n - j * columns), n, min(sweep, here - at * steps))
-                if words > depth or first == from_panel:
+                if packed < stop and (words > depth or first == from_panel):
                     if a_along_k:
-                        for i in range(begin, stop):
+                        for i in range(packed, stop):
                             source = a + (i * rows * k + w * steps) * item
-                            pack_a(source, left + (i - begin) * tall, min(rows, m - i * rows), k, here)
+                            pack_a(source, left + (i - packed) * tall, min(rows, m - i * rows), k, here)
                     else:
                         for at in range(0, some, SWEEP):
                             for i in range(begin, stop):
                                 source = a + ((w + at) * steps * m + i * rows) * item
-                                target = left + (i - begin) * tall + at * rows * 4
+                                target = left + (i - packed) * tall + at * rows * 4
                                 pack_a(source, target, min(rows, m - i * rows), m, min(sweep, here - at * steps))
                 for i in range(begin, stop):
+                    source, step, stride = left + (i - packed) * tall, rows * ROW, ROW
+                    if i < packed:
+                        source, step, stride = a + (i * rows * k + w * steps) * item, ROW, k * item
                     for j in range(first, behind):
                         number = (i - begin) * group + j - first if room > 1 else 0
                         place = totals + number * area
                         target = out + (i * rows * n + j * columns) * out_item
-                        multiply(left + (i - begin) * tall, right + (j - first) * wide, place, some, w)
+                        multiply(source, right + (j - first) * wide, place, some, w, step, stride)
                         if final:
                             end(
                                 place,
@@ -158,11 +173,12 @@ def build(problem: Problem, config: Config) -> Run:
     group = max(1, min(config["block_n"] // columns, -(-b_panels // split)))
     room = height * group if words > depth else 1
     tasks = blocks * split
-    sizes = (height * rows * depth, group * columns * depth, room * rows * columns)
+    kept = 1 if _in_place(problem) else height
+    sizes = (kept * rows * depth, group * columns * depth, room * rows * columns)
     # lines of 64 bytes: a tile's row that crosses one takes twice as long
     workspace = [torch.empty(slots(tasks) * size + LINE // 4, dtype=torch.int32) for size in sizes]
     places = [-(-space.data_ptr() // LINE) * LINE for space in workspace]
-    product = compiled(dtype, *flags, rows, columns, config["near"])
+    product = compiled(dtype, *flags, rows, columns)
     kernel = parallel(ARGUMENTS, (product, tasks))
 
     def run(out: Any, a: Any, b: Any, bias: Any = None, keep: Any = workspace) -> None:

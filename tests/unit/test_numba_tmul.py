@@ -51,17 +51,22 @@ def packer(function: Any) -> Callable[..., None]:
 
 
 def multiplier(form: Any, rows: int, columns: int, real: bool, **how: Any) -> Callable[..., None]:
-    """(a, b, c, words, add) with the tiles configured for it."""
+    """(a, b, c, words, add[, bytes to the next step of a, and to the next row]) with the tiles configured for it."""
     enter, leave = _as(tmul.configure(), 0, real), _as(tmul.release(), 0, real)
-    product = _as(tmul.tile(form, rows, columns, **how), 5, real)
+    product = _as(tmul.tile(form, rows, columns, **how), 7, real)
 
-    @numba.njit("void(int64, int64, int64, int64, int64)")
-    def call(a, b, c, words, add):  # type: ignore[no-untyped-def]
+    @numba.njit("void(int64, int64, int64, int64, int64, int64, int64)")
+    def call(a, b, c, words, add, step, stride):  # type: ignore[no-untyped-def]
         enter()
-        product(a, b, c, words, add)
+        product(a, b, c, words, add, step, stride)
         leave()
 
-    return lambda a, b, c, words, add: call(a.ctypes.data, b.ctypes.data, c.ctypes.data, words, add)
+    def multiply(
+        a: Any, b: Any, c: Any, words: int, add: int, step: int = rows * tmul.ROW, row: int = tmul.ROW
+    ) -> None:
+        call(a.ctypes.data, b.ctypes.data, c.ctypes.data, words, add, step, row)
+
+    return multiply
 
 
 def operands(dtype: str, rows: int, columns: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +76,7 @@ def operands(dtype: str, rows: int, columns: int, k: int) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("along_k", [True, False])
-@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 64), (16, 32)])
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 64), (16, 32), (32, 16)])
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_packed_panels_multiply_to_the_product(dtype: str, rows: int, columns: int, along_k: bool, real: bool) -> None:
     form, valid = tmul.FORMATS[dtype], rows - 3
@@ -86,13 +91,28 @@ def test_packed_panels_multiply_to_the_product(dtype: str, rows: int, columns: i
         laid = source if along_k else source.t().contiguous()
         packer(pack)(laid, target, len(source), k if along_k else len(source), k)
     sums = np.full((rows, columns), 7, np.int32 if dtype == "int8" else np.float32)
-    multiply = multiplier(form, rows, columns, real, ahead=2, stream=True)
+    multiply = multiplier(form, rows, columns, real, stream=True)
     multiply(a_pack, b_pack, sums, words - 16, 0)  # what was there does not count
     rest = a_pack.reshape(-1)[(words - 16) * rows :], b_pack.reshape(-1)[(words - 16) * columns :]
     multiply(*rest, sums, 16, 1)  # and here it is added to
     want = a.double() @ b.double().t()
     np.testing.assert_allclose(sums[:valid], want.numpy(), rtol=0, atol=0 if dtype == "int8" else 1e-4)
     np.testing.assert_array_equal(sums[valid:], np.broadcast_to(sums[valid - 1], (3, columns)))  # the last row again
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 16), (16, 32)])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_is_multiplied_where_it_lies(dtype: str, rows: int, columns: int, real: bool) -> None:
+    form = tmul.FORMATS[dtype]
+    k = 48 * form.steps
+    a, b = operands(dtype, rows, columns, k)
+    b_pack, sums = np.zeros((columns, 48), np.int32), np.zeros((rows, columns), np.int32)
+    packer(tiles.pack(form, columns, True, deep=16))(b, b_pack, columns, k, k)
+    sums = sums if dtype == "int8" else sums.astype(np.float32)
+    laid = a.contiguous().view(torch.int8).numpy()
+    multiplier(form, rows, columns, real)(laid, b_pack, sums, 48, 0, tmul.ROW, laid.shape[1])
+    want = (a.double() @ b.double().t()).numpy()
+    np.testing.assert_allclose(sums, want, rtol=0, atol=0 if dtype == "int8" else 1e-4)
 
 
 def test_rows_of_a_tile_are_16_words_in_a_line() -> None:
