@@ -99,6 +99,7 @@ def run_vectors(name: str) -> None:
         heads: Config = {"tile": tile, "block_k": 32, "query_tiles": 2, "multiply": multiply}
         problems = shapes.drawn(2 * SHAPES, shapes.attention_shapes(precision))
         shapes.race_shapes(problems, lambda problem, heads=heads: heads)
+    shapes.race_shapes(shapes.drawn(2 * SHAPES, shapes.attention_shapes("bf16")), shapes.decoded, "numba_decode")
     rows = {"rows": 2, "unroll": 2, "store": "stream"}
     for op, precision, flags in (("softmax", "bf16", {}), ("layernorm", "fp32", {"rms": "1"} if wide else {})):
         problems = shapes.drawn(

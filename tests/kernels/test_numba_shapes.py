@@ -63,6 +63,20 @@ def drawn(count: int, make: Callable[[Callable[..., int]], Problem]) -> list[Pro
     return [registry.problem(make(lambda *sizes: rng.choice(sizes or SIZES))) for _ in range(count)]
 
 
+def decoded(problem: Problem) -> Config:
+    """Of every code path: queries one by one and two by two, keys of one part and of several."""
+    most = 4 if problem["sk"] >= 4 * 32 else 2 if problem["sk"] >= 2 * 32 else 1
+    return {"block_k": 32, "rows": 1 + problem["sq"] % 2, "num_splits": most if problem["d"] % 2 else 1}
+
+
+def test_decode() -> None:
+    problems = drawn(SHAPES, attention_shapes("bf16"))
+    assert {(c["rows"], c["num_splits"] > 1) for c in map(decoded, problems)} == {
+        *((rows, split) for rows in (1, 2) for split in (False, True))
+    }
+    race_shapes(problems, decoded, "numba_decode")
+
+
 def test_softmax() -> None:
     problems = drawn(SHAPES, lambda size: Problem.make("softmax", "fp32", m=size(), n=size()))
     race_shapes(problems, lambda problem: {"rows": 4, "unroll": 2, "store": "stream"})  # and one by one: m % 4

@@ -103,6 +103,14 @@ def test_special_values_stay_in_their_rows(name: str, value: float) -> None:
         agree(text, config, change, value)
 
 
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("flags", ["", ",causal"])
+def test_special_values_stay_in_their_rows_where_keys_are_split(flags: str, value: float) -> None:
+    for change in (_queries, _keys, _values):
+        config: Config = {"block_k": 32, "rows": 2, "num_splits": 2}
+        agree(f"{HEADS}{flags}]", config, change, value, "numba_decode")
+
+
 def test_rows_that_see_no_key_are_zero_whatever_is_in_them() -> None:
     problem = registry.problem("attention[b=1,h=2,sq=80,sk=50,d=20,causal]")
     module = registry.impl("attention/numba").load()
