@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba.core import types
 
@@ -20,6 +21,7 @@ from rooftune.kernels.common.numba import F32, HALF, I8, I16, I32, ITEM, LINE, E
 from rooftune.kernels.common.numba_cpu import int8_pairs
 
 WORD = 4  # bytes
+SWEEP = 32  # words of k packed at a time where k is not contiguous
 STORED = {"fp32": F32, "fp16": HALF, "bf16": I16, "int8": I8}
 
 
@@ -185,6 +187,32 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False, deep: int =
         e.loop(done, words, 1, [], by_lane)
 
     return intrinsic([types.int64] * 5, emit)
+
+
+@cache
+def pack_panels(one: Any, form: Format, size: int, along_k: bool) -> Any:
+    """Numba function (source, target, first, stop, count, k, word, words): panels `first` to `stop` of `count` rows.
+
+    Of each, `words` words of k from `word` on, one panel behind the other. one: `pack`, or AMX's, for panels of `size`
+    rows. Where k is not contiguous, SWEEP words of all panels come before the next: memory is read in long lines.
+    """
+    item, steps = ITEM[form.dtype], form.steps
+
+    @numba.njit(error_model="numpy")
+    def several(source, target, first, stop, count, k, word, words):  # type: ignore[no-untyped-def]
+        left, wide = min(words * steps, k - word * steps), words * size * WORD
+        if along_k:
+            for i in range(first, stop):
+                place = source + (i * size * k + word * steps) * item
+                one(place, target + (i - first) * wide, min(size, count - i * size), k, left)
+        else:
+            for at in range(0, words, SWEEP):
+                for i in range(first, stop):
+                    place = source + ((word + at) * steps * count + i * size) * item
+                    own = target + (i - first) * wide + at * size * WORD
+                    one(place, own, min(size, count - i * size), count, min(SWEEP * steps, left - at * steps))
+
+    return several
 
 
 def multiply_add(e: Emit, form: Format) -> Callable[[Value, Value, Value], Value]:

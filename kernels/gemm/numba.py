@@ -15,7 +15,7 @@ from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require,
 from rooftune.kernels.common.numba_epilogue import column_sums, finish
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
 from rooftune.kernels.common.numba_thin import columns_at_once, dots
-from rooftune.kernels.common.numba_tile import Format, format_of, pack, tile, touch
+from rooftune.kernels.common.numba_tile import SWEEP, Format, format_of, pack, pack_panels, tile, touch
 
 DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -30,7 +30,6 @@ NEAR = 4 << 20  # bytes of all operands as fp32 up to which prefetching costs mo
 # of a job: addresses of a, b, bias, out, packed a, packed b, correction, sums; m, n, k, height, depth, split, room
 ARGUMENTS = ("int64",) * 15
 THIN_ARGUMENTS = ("int64",) * 12  # addresses of a, b, bias, out, packed a, packed b, sums; m, n, k, depth, parts
-SWEEP = 32  # words of k packed at a time where k is not contiguous
 
 
 def _default(problem: Problem) -> Config:
@@ -122,14 +121,13 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
     `height`: panels of a in a task, `depth`: words of k in a block, `split`: tasks that share these panels,
     `room`: register tiles of sums that a slot keeps.
     """
-    a_along_k = transpose[0] == "n"
-    pack_a, arguments = pack(form, rows, a_along_k, flip=form.unsigned_a), arguments_of(*ARGUMENTS)
+    a_along_k, arguments = transpose[0] == "n", arguments_of(*ARGUMENTS)
+    pack_a = pack_panels(pack(form, rows, a_along_k, flip=form.unsigned_a), form, rows, a_along_k)
     multiply, end = tile(form, rows, columns, unroll=unroll), finish(form, columns, epilogue)
     fetch, claim = touch(), touch(write=True)
     item, steps, area = ITEM[form.dtype], form.steps, rows * columns * 4
     rows_added = rows if epilogue == "residual" else 0  # a bias is the same for all rows
     out_item = 4 if form.accumulator == "int32" else item
-    sweep = SWEEP * steps
 
     @job
     def product(given, task, slot):  # type: ignore[no-untyped-def]
@@ -144,17 +142,8 @@ def compiled(form: Format, transpose: str, epilogue: str, rows: int, columns: in
         for w in range(0, words, depth):
             some = min(depth, words - w)
             final = w + depth >= words
-            left, wide = min(some * steps, k - w * steps), some * rows * 4  # wide: bytes of a packed panel
-            for i in range(begin, stop):
-                if a_along_k:
-                    source = a + (i * rows * k + w * steps) * item
-                    pack_a(source, own + (i - begin) * wide, min(rows, m - i * rows), k, left)
-            if not a_along_k:
-                for at in range(0, some, SWEEP):
-                    for i in range(begin, stop):
-                        source = a + ((w + at) * steps * m + i * rows) * item
-                        target = own + (i - begin) * wide + at * rows * 4
-                        pack_a(source, target, min(rows, m - i * rows), m, min(sweep, left - at * steps))
+            wide = some * rows * 4  # bytes of a packed panel
+            pack_a(a, own, begin, stop, m, k, w, some)
             share = (some * columns * 4 // (stop - begin) + LINE - 1) // LINE * LINE
             for j in range(from_panel, to_panel):
                 right = b_pack + (j * words + w) * columns * 4

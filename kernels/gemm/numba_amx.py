@@ -13,7 +13,7 @@ from rooftune.kernels.common.numba import ITEM, LINE, threads
 from rooftune.kernels.common.numba_cpu import tile_formats
 from rooftune.kernels.common.numba_epilogue import finish
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
-from rooftune.kernels.common.numba_tile import pack
+from rooftune.kernels.common.numba_tile import pack, pack_panels
 from rooftune.kernels.common.numba_tmul import FORMATS, ROW, SIDE, configure, release, tile
 from rooftune.kernels.common.numba_tmul import pack as pack_tiles
 
@@ -21,7 +21,6 @@ DEVICES = ("cpu",)
 PRECISIONS = ("bf16", "int8")
 
 PACKED = 1 << 20  # bytes of b: half of an L2 cache
-SWEEP = 2 * SIDE  # words of k packed at a time where k is not contiguous
 
 
 BLOCKS = {  # rows of a and columns of b packed at a time, steps of k before sums go to memory and back
@@ -76,12 +75,13 @@ def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int)
     """
     form = FORMATS[dtype]
     a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
-    pack_a, pack_b = pack_tiles(form, rows, a_along_k), pack(form, columns, b_along_k, deep=SIDE)
+    pack_a = pack_panels(pack_tiles(form, rows, a_along_k), form, rows, a_along_k)
+    pack_b = pack_panels(pack(form, columns, b_along_k, deep=SIDE), form, columns, b_along_k)
     multiply, end = tile(form, rows, columns, stream=True), finish(form, columns, epilogue)
     enter, leave = configure(), release()
     item, steps, area, arguments = ITEM[dtype], form.steps, rows * columns * 4, arguments_of(*ARGUMENTS)
     rows_added = rows if epilogue == "residual" else 0  # a bias is the same for all rows
-    out_item, sweep = 4 if dtype == "int8" else item, SWEEP * form.steps
+    out_item = 4 if dtype == "int8" else item
 
     @job
     def product(given, task, slot):  # type: ignore[no-untyped-def]
@@ -101,30 +101,11 @@ def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int)
             behind = min(first + group, to_panel)
             for w in range(0, words, depth):
                 some = min(depth, words - w)
-                here = min(some * steps, k - w * steps)
                 final = w + depth >= words
                 tall, wide = some * rows * 4, some * columns * 4  # bytes of packed panels
-                if b_along_k:
-                    for j in range(first, behind):
-                        source = b + (j * columns * k + w * steps) * item
-                        pack_b(source, right + (j - first) * wide, min(columns, n - j * columns), k, here)
-                else:
-                    for at in range(0, some, SWEEP):
-                        for j in range(first, behind):
-                            source = b + ((w + at) * steps * n + j * columns) * item
-                            target = right + (j - first) * wide + at * columns * 4
-                            pack_b(source, target, min(columns, n - j * columns), n, min(sweep, here - at * steps))
+                pack_b(b, right, first, behind, n, k, w, some)
                 if packed < stop and (words > depth or first == from_panel):
-                    if a_along_k:
-                        for i in range(packed, stop):
-                            source = a + (i * rows * k + w * steps) * item
-                            pack_a(source, left + (i - packed) * tall, min(rows, m - i * rows), k, here)
-                    else:
-                        for at in range(0, some, SWEEP):
-                            for i in range(begin, stop):
-                                source = a + ((w + at) * steps * m + i * rows) * item
-                                target = left + (i - packed) * tall + at * rows * 4
-                                pack_a(source, target, min(rows, m - i * rows), m, min(sweep, here - at * steps))
+                    pack_a(a, left, packed, stop, m, k, w, some)
                 for i in range(begin, stop):
                     source, step, stride = left + (i - packed) * tall, rows * ROW, ROW
                     if i < packed:
