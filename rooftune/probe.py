@@ -38,8 +38,8 @@ def ceilings(device_kind: str, threads: int = 1, quick: bool = True) -> dict[str
 
     Returns:
         JSON-ready: `copy` is a list of entries with `working_set_bytes` (source and destination together),
-        rising; `matrix` maps a precision to its entry; `vector` likewise, from registers, CPU only;
-        `datasheet` holds the vendor's promise or None. An entry has `value` (None with `reason`), `unit`
+        rising; `matrix` maps a precision to its entry; `vector` and `tiles` (AMX) likewise, from registers, CPU
+        only; `datasheet` holds the vendor's promise or None. An entry has `value` (None with `reason`), `unit`
         (GB/s, TFLOP/s, TOP/s), `how` and `spread`.
     """
     if threads < 1:
@@ -75,8 +75,8 @@ def bandwidth(ceilings: dict[str, Any], working_set: float) -> tuple[float | Non
 
 
 def rate(ceilings: dict[str, Any], precision: str) -> tuple[float | None, str]:
-    """Operations a second in a precision: the better of matrix product and register loop, and its name."""
-    entries = ((kind, (ceilings.get(kind) or {}).get(precision)) for kind in ("matrix", "vector"))
+    """Operations a second in a precision: the best of matrix product and register loops, and its name."""
+    entries = ((kind, (ceilings.get(kind) or {}).get(precision)) for kind in ("matrix", "vector", "tiles"))
     known = [(float(e["value"]), f"{kind} rate {precision}") for kind, e in entries if e and e.get("value")]
     if known:
         best, name = max(known)

@@ -1,4 +1,4 @@
-"""CPU ceilings: copy by working set, torch's matrix product by precision, and fp32 FMA from registers."""
+"""CPU ceilings: copy by working set, torch's matrix product by precision, fp32 FMA and AMX's tiles from registers."""
 
 from __future__ import annotations
 
@@ -198,18 +198,52 @@ def _vector(threads: int, samples: int) -> Entry:
         loop = _fma_loop(width)
     except ImportError as error:  # numba refuses a numpy newer than it knows
         return missing("TFLOP/s", f"numba cannot be imported: {error}")
-    flops, rates = 2 * width * FMA_CHAINS * count / 1e12, []
+    rates = _from_registers(lambda: loop(count), 2 * width * FMA_CHAINS * count / 1e12, threads, samples)
+    return entry(rates, "TFLOP/s", f"{FMA_CHAINS} chains of {width} lanes, threads={threads}, thread CPU time")
+
+
+def _from_registers(call: Callable[[], Any], work: float, threads: int, samples: int) -> list[float]:
+    """Work a second of all threads at once, each on its own CPU clock: waiting for a core is not the core's rate."""
+    rates = []
 
     def timed(index: int) -> None:
         start = time.thread_time()
-        loop(count)
-        speeds[index] = flops / (time.thread_time() - start)
+        call()
+        speeds[index] = work / (time.thread_time() - start)
 
     for _ in range(samples):
         speeds = [0.0] * threads
-        in_threads(timed, threads)  # each thread on its own CPU clock: waiting for a core is not the core's rate
+        in_threads(timed, threads)
         rates.append(sum(speeds))
-    return entry(rates, "TFLOP/s", f"{FMA_CHAINS} chains of {width} lanes, threads={threads}, thread CPU time")
+    return rates
+
+
+def _tiles(precision: str, threads: int, samples: int) -> Entry:
+    """Rate of AMX's products from tile registers, all threads at once."""
+    unit = "TOP/s" if precision == "int8" else "TFLOP/s"
+    if not all(importlib.util.find_spec(package) for package in ("numba", "llvmlite")):
+        return missing(unit, "numba is not installed")
+    try:
+        import numba
+
+        from rooftune.kernels.common import numba_cpu, numba_tmul
+    except ImportError as error:
+        return missing(unit, f"numba cannot be imported: {error}")
+    if precision not in numba_cpu.tile_formats():
+        return missing(unit, "no AMX here")
+    form, count = numba_tmul.FORMATS[precision], 20_000
+    enter, leave, products = numba_tmul.configure(), numba_tmul.release(), numba_tmul.products(form)
+
+    @numba.njit("void(int64)", nogil=True)  # type: ignore[untyped-decorator]
+    def rounds(count: int) -> None:
+        enter()
+        products(count)
+        leave()
+
+    side = numba_tmul.SIDE
+    work = 2 * side**3 * form.steps * numba_tmul.PRODUCTS * count / 1e12
+    rates = _from_registers(lambda: rounds(count), work, threads, samples)
+    return entry(rates, unit, f"{numba_tmul.PRODUCTS} tiles of AMX, threads={threads}, thread CPU time")
 
 
 def ceilings(threads: int, quick: bool = True) -> dict[str, Any]:
@@ -228,6 +262,13 @@ def ceilings(threads: int, quick: bool = True) -> dict[str, Any]:
     if (matrix["int8"]["value"] or 0.0) < 2 * (vector["value"] or 0.0):  # Zen 3: 1.4 GOP/s a core, and 146 are reached
         note = f"twice the fp32 FMA rate ({vector['how']}): pmaddwd adds two products a lane; torch._int_mm is slower"
         matrix["int8"] = {**vector, "value": 2 * vector["value"], "unit": "TOP/s", "how": note}
+    tiles = {p: _tiles(p, threads, 4 * samples) for p in ("bf16", "int8")}  # some ms each: the rate comes and goes
     matrix["tf32"] = missing("TFLOP/s", "a CPU has no tf32")
     matrix["fp8"] = missing("TFLOP/s", "torch does not multiply fp8 on a CPU")
-    return {"copy": _copies(threads, samples), "matrix": matrix, "vector": {"fp32": vector}, "datasheet": None}
+    return {
+        "copy": _copies(threads, samples),
+        "matrix": matrix,
+        "vector": {"fp32": vector},
+        "tiles": tiles,
+        "datasheet": None,
+    }

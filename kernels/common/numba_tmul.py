@@ -22,6 +22,7 @@ SIDE = 16  # rows of a tile, and words in one
 ROW = SIDE * WORD  # bytes
 TILE = SIDE * ROW
 TILES = 8  # a core has
+PRODUCTS = 4  # at once: a product takes 52 cycles and the next may begin after 16
 PRODUCT = {"bf16": "tdpbf16ps", "int8": "tdpbssd"}
 FORMATS = {"bf16": Format("bf16", 2), "int8": Format("int8", 4, "int32")}  # no 128 added: both are signed
 
@@ -184,6 +185,29 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
         return None
 
     return intrinsic([types.int64] * 7, emit)
+
+
+@cache
+def products(form: Format) -> Any:
+    """Numba function (rounds): PRODUCTS products of tiles a round that never leave the registers, after `configure`.
+
+    Only where the CPU has the instructions: it is for measuring their rate.
+    """
+
+    def emit(e: Emit, rounds: Value) -> None:
+        def call(name: str, *numbers: int) -> None:
+            e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, x) for x in numbers])
+
+        def each(_: Value, state: State) -> State:
+            for number in range(PRODUCTS):
+                call(PRODUCT[form.dtype], number, PRODUCTS, PRODUCTS + 1)
+            return []
+
+        for number in range(PRODUCTS + 2):
+            call("tilezero", number)
+        e.loop(e.index(0), rounds, 1, [], each)
+
+    return intrinsic([types.int64], emit)
 
 
 @cache

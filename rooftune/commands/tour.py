@@ -84,12 +84,14 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
 
 
 def _ceilings(session: Session, console: Any) -> None:
-    """The measured roof, in two lines."""
-    parts = []
-    for name, entry in sorted(session.ceilings.get("matrix", {}).items()):
-        if isinstance(entry, dict) and entry.get("value"):
-            parts.append(f"{name} {entry['value']:.3g} {entry['unit']}")
-    console.print("measured matrix rates: " + (", ".join(parts) or "none"), markup=False)
+    """The measured roof: rates of torch's products, and of AMX's tiles where there are any."""
+    for kind, label in (("matrix", "measured matrix rates"), ("tiles", "from tile registers (AMX)")):
+        entries = sorted(session.ceilings.get(kind, {}).items())
+        parts = [
+            f"{name} {e['value']:.3g} {e['unit']}" for name, e in entries if isinstance(e, dict) and e.get("value")
+        ]
+        if parts or kind == "matrix":
+            console.print(f"{label}: " + (", ".join(parts) or "none"), markup=False)
 
 
 def _tune(session: Session, kind: str, budget_s: float, console: Any) -> str:

@@ -25,6 +25,7 @@ MADE_UP: dict[str, Any] = {
         "fp8": {"value": None, "reason": "torch does not multiply fp8"},
     },
     "vector": {"fp32": {"value": 0.25}},
+    "tiles": {"bf16": {"value": None, "reason": "no AMX here"}},
 }
 
 
@@ -38,6 +39,8 @@ def test_bandwidth_is_the_nearest_sets_or_a_larger_ones(size: int, gbps: float) 
 def test_roof_of_a_compute_bound_problem_is_the_slower_of_both() -> None:
     assert probe.roof(MADE_UP, "compute", 1e12, 2**20, "bf16") == (1e12 / 0.8e12, "matrix rate bf16")
     assert probe.roof(MADE_UP, "compute", 1e12, 2**20, "fp32") == (1e12 / 0.25e12, "vector rate fp32")
+    with_tiles = {**MADE_UP, "tiles": {"bf16": {"value": 2.0}}}
+    assert probe.roof(with_tiles, "compute", 1e12, 2**20, "bf16") == (1e12 / 2e12, "tiles rate bf16")
     time_s, name = probe.roof(MADE_UP, "compute", 1e6, 2**30, "bf16")
     assert time_s == pytest.approx(2**30 / 20e9)
     assert name == "copy of 1 GiB"
@@ -92,12 +95,14 @@ def test_cpu_ceilings_are_complete_and_plain_data(monkeypatch: pytest.MonkeyPatc
     found = probe.ceilings("cpu", threads=1)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert [c["working_set_bytes"] for c in found["copy"]] == [2**16, 2**18, 2**20]
-    entries = [*found["copy"], *found["matrix"].values(), *found["vector"].values()]
+    entries = [*found["copy"], *(made for kind in ("matrix", "vector", "tiles") for made in found[kind].values())]
     for made in entries:
         assert (made["value"] is None) == bool(made.get("reason")), made
         assert made["value"] is None or (made["value"] > 0 and math.isfinite(made["value"]) and made["how"])
     for precision in ("fp32", "bf16", "fp16", "int8"):
         assert found["matrix"][precision]["value"]
+    if found["tiles"]["bf16"]["value"]:  # int8 has twice the numbers in a tile; torch multiplies by the same tiles
+        assert found["tiles"]["int8"]["value"] > found["tiles"]["bf16"]["value"] > found["vector"]["fp32"]["value"]
     assert found["matrix"]["int8"]["value"] >= 2 * (found["vector"]["fp32"]["value"] or 0)
     assert found["matrix"]["fp16"]["value"] >= max(
         found["matrix"]["fp32"]["value"], found["vector"]["fp32"]["value"] or 0
