@@ -55,7 +55,7 @@ SPACE = Space(
         "block_k": (32, 64, 96, 128, 192, 256, 512),  # keys whose scores are held at once
         "query_tiles": (1, 2, 4, 8, 16, 32, 64),  # tiles of queries that share a packed block of k and v
         # for both products, with probabilities rounded to bf16; dot: vdpbf16ps (on Intel half as fast as fp32), amx:
-        # tdpbf16ps (2.6 times as fast as widened, 1.3 to 2.6 times as torch, which uses it too; measured on a Xeon)
+        # tdpbf16ps (1.7 to 3.6 times as fast as torch, which uses it too; measured on a Xeon)
         "multiply": ("widen", "dot", "amx"),
     },
     where=(

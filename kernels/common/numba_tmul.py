@@ -134,7 +134,7 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
     high, wide = rows // SIDE, columns // SIDE
     sums = [[i * wide + j for j in range(wide)] for i in range(high)]  # numbers of tiles
     left = [high * wide + i for i in range(high)]
-    right = high * (wide + 1)  # one for all of b: see below
+    right = high * (wide + 1)  # one for all of b
     if right >= TILES:
         raise ValueError(f"a tile of {rows}x{columns} takes more than {TILES} of AMX")
 

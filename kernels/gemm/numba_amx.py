@@ -1,4 +1,4 @@
-"""Matrix product in Numba with AMX: tiles of 32x32 in Intel's tile registers, both operands packed block by block."""
+"""Matrix product in Numba with AMX: b packed block by block, tiles of a loaded where they lie if they are whole."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ DEVICES = ("cpu",)
 PRECISIONS = ("bf16", "int8")
 
 PACKED = 1 << 20  # bytes of b: half of an L2 cache
-
-
 BLOCKS = {  # rows of a and columns of b packed at a time, steps of k before sums go to memory and back
     "m": (64, 128, 256, 512, 1024, 2048, 4096),
     "n": (64, 128, 256, 512, 1024),
