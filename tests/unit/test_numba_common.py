@@ -69,7 +69,7 @@ def test_exp2_is_within_one_ulp_and_keeps_special_values(width: int) -> None:
     np.testing.assert_array_equal(out[: special.size], np.array([1, 2, 0.125, 0, 0, 0, np.nan], np.float32))
 
 
-@pytest.mark.parametrize(("degree", "error"), [(4, 4e-6), (5, 2e-7)])
+@pytest.mark.parametrize(("degree", "error"), [(3, 1.1e-4), (4, 4e-6), (5, 2e-7)])
 def test_a_shorter_exp2_keeps_its_bound_and_special_values(width: int, degree: int, error: float) -> None:
     power = element_wise(lambda e, x: e.exp2(x, degree))
     x = np.concatenate([np.linspace(-125, 0, 200_001), np.linspace(-1, 1, 100_001)]).astype(np.float32)
