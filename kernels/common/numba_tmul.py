@@ -20,7 +20,6 @@ from rooftune.kernels.common.numba_tile import STORED, WORD, Format, element, jo
 
 SIDE = 16  # rows of a tile, and words in one
 ROW = SIDE * WORD  # bytes
-TILE = SIDE * ROW
 TILES = 8  # a core has
 PRODUCTS = 4  # at once: a product takes 52 cycles and the next may begin after 16
 PRODUCT = {"bf16": "tdpbf16ps", "int8": "tdpbssd"}
