@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import math
 import threading
@@ -189,15 +190,23 @@ def _fma_loop(width: int) -> Callable[[int], float]:
     return compiled
 
 
+def _no_numba() -> str:
+    """Why numba cannot be used here; empty if it can."""
+    if not all(importlib.util.find_spec(package) for package in ("numba", "llvmlite")):
+        return "numba is not installed"
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:  # numba refuses a numpy newer than it knows
+        return f"numba cannot be imported: {error}"
+    return ""
+
+
 def _vector(threads: int, samples: int) -> Entry:
     """fp32 FMA rate from registers, all threads at once: what no kernel on the vector units exceeds."""
-    if not all(importlib.util.find_spec(package) for package in ("numba", "llvmlite")):
-        return missing("TFLOP/s", "numba is not installed")
+    if why := _no_numba():
+        return missing("TFLOP/s", why)
     width, count = lanes(device_cpu.flags()), 500_000
-    try:
-        loop = _fma_loop(width)
-    except ImportError as error:  # numba refuses a numpy newer than it knows
-        return missing("TFLOP/s", f"numba cannot be imported: {error}")
+    loop = _fma_loop(width)
     rates = _from_registers(lambda: loop(count), 2 * width * FMA_CHAINS * count / 1e12, threads, samples)
     return entry(rates, "TFLOP/s", f"{FMA_CHAINS} chains of {width} lanes, threads={threads}, thread CPU time")
 
@@ -221,14 +230,12 @@ def _from_registers(call: Callable[[], Any], work: float, threads: int, samples:
 def _tiles(precision: str, threads: int, samples: int) -> Entry:
     """Rate of AMX's products from tile registers, all threads at once."""
     unit = "TOP/s" if precision == "int8" else "TFLOP/s"
-    if not all(importlib.util.find_spec(package) for package in ("numba", "llvmlite")):
-        return missing(unit, "numba is not installed")
-    try:
-        import numba
+    if why := _no_numba():
+        return missing(unit, why)
+    import numba
 
-        from rooftune.kernels.common import numba_cpu, numba_tmul
-    except ImportError as error:
-        return missing(unit, f"numba cannot be imported: {error}")
+    from rooftune.kernels.common import numba_cpu, numba_tmul
+
     if precision not in numba_cpu.tile_formats():
         return missing(unit, "no AMX here")
     form, count = numba_tmul.FORMATS[precision], 20_000

@@ -101,8 +101,8 @@ def test_cpu_ceilings_are_complete_and_plain_data(monkeypatch: pytest.MonkeyPatc
         assert made["value"] is None or (made["value"] > 0 and math.isfinite(made["value"]) and made["how"])
     for precision in ("fp32", "bf16", "fp16", "int8"):
         assert found["matrix"][precision]["value"]
-    if found["tiles"]["bf16"]["value"]:  # int8 has twice the numbers in a tile; torch multiplies by the same tiles
-        assert found["tiles"]["int8"]["value"] > found["tiles"]["bf16"]["value"] > found["vector"]["fp32"]["value"]
+    for made in found["tiles"].values():  # not one against the other: between them a shared core may change its pace
+        assert made["value"] is None or made["value"] > found["vector"]["fp32"]["value"]
     assert found["matrix"]["int8"]["value"] >= 2 * (found["vector"]["fp32"]["value"] or 0)
     assert found["matrix"]["fp16"]["value"] >= max(
         found["matrix"]["fp32"]["value"], found["vector"]["fp32"]["value"] or 0
