@@ -253,6 +253,17 @@ def _tiles(precision: str, threads: int, samples: int) -> Entry:
     return entry(rates, unit, f"{numba_tmul.PRODUCTS} tiles of AMX, threads={threads}, thread CPU time")
 
 
+def _split(bf16: Entry) -> Entry:
+    """fp32 products as six of bf16 each (`gemm/numba_split`): a sixth of that rate, which may exceed that of FMA."""
+    if not bf16["value"]:
+        return bf16
+    return {
+        **bf16,
+        "value": bf16["value"] / 6,
+        "how": f"a sixth of the bf16 rate ({bf16['how']}): six products for one",
+    }
+
+
 def ceilings(threads: int, quick: bool = True) -> dict[str, Any]:
     """See `rooftune.probe.ceilings`. Sets torch's threads for the rest of the process."""
     import torch
@@ -270,6 +281,7 @@ def ceilings(threads: int, quick: bool = True) -> dict[str, Any]:
         note = f"twice the fp32 FMA rate ({vector['how']}): pmaddwd adds two products a lane; torch._int_mm is slower"
         matrix["int8"] = {**vector, "value": 2 * vector["value"], "unit": "TOP/s", "how": note}
     tiles = {p: _tiles(p, threads, 4 * samples) for p in ("bf16", "int8")}  # some ms each: the rate comes and goes
+    tiles["fp32"] = _split(tiles["bf16"])
     matrix["tf32"] = missing("TFLOP/s", "a CPU has no tf32")
     matrix["fp8"] = missing("TFLOP/s", "torch does not multiply fp8 on a CPU")
     return {

@@ -30,13 +30,15 @@ class Format:
     """How numbers of a precision lie in words: `steps` of k per word, `accumulator` fp32 or int32.
 
     `unsigned_a`: a is stored with 128 added, as `vpdpbusd` multiplies unsigned by signed bytes; 128 times
-    the column sums of b has to be taken off the result.
+    the column sums of b has to be taken off the result. `planes`: how many bf16 a number is the sum of
+    (`numba_split`); a word of two numbers is then as many words.
     """
 
     dtype: str
     steps: int
     accumulator: str = "fp32"
     unsigned_a: bool = False
+    planes: int = 1
 
     @property
     def raw(self) -> bool:
@@ -196,11 +198,11 @@ def pack_panels(one: Any, form: Format, size: int, along_k: bool) -> Any:
     Of each, `words` words of k from `word` on, one panel behind the other. one: `pack`, or AMX's, for panels of `size`
     rows. Where k is not contiguous, SWEEP words of all panels come before the next: memory is read in long lines.
     """
-    item, steps = ITEM[form.dtype], form.steps
+    item, steps, each = ITEM[form.dtype], form.steps, WORD * form.planes
 
     @numba.njit(error_model="numpy")
     def several(source, target, first, stop, count, k, word, words):  # type: ignore[no-untyped-def]
-        left, wide = min(words * steps, k - word * steps), words * size * WORD
+        left, wide = min(words * steps, k - word * steps), words * size * each
         if along_k:
             for i in range(first, stop):
                 place = source + (i * size * k + word * steps) * item
@@ -209,7 +211,7 @@ def pack_panels(one: Any, form: Format, size: int, along_k: bool) -> Any:
             for at in range(0, words, SWEEP):
                 for i in range(first, stop):
                     place = source + ((word + at) * steps * count + i * size) * item
-                    own = target + (i - first) * wide + at * size * WORD
+                    own = target + (i - first) * wide + at * size * each
                     one(place, own, min(size, count - i * size), count, min(SWEEP * steps, left - at * steps))
 
     return several

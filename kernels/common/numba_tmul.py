@@ -22,12 +22,21 @@ SIDE = 16  # rows of a tile, and words in one
 ROW = SIDE * WORD  # bytes
 TILES = 8  # a core has
 PRODUCTS = 4  # at once: a product takes 52 cycles and the next may begin after 16
-PRODUCT = {"bf16": "tdpbf16ps", "int8": "tdpbssd"}
-FORMATS = {"bf16": Format("bf16", 2), "int8": Format("int8", 4, "int32")}  # no 128 added: both are signed
+PRODUCT = {"fp32": "tdpbf16ps", "bf16": "tdpbf16ps", "int8": "tdpbssd"}
+FORMATS = {  # no 128 added to int8: both operands are signed
+    "fp32": Format("fp32", 2, planes=3),  # `numba_split`
+    "bf16": Format("bf16", 2),
+    "int8": Format("int8", 4, "int32"),
+}
 
 
 def _spell(e: Emit) -> bool:
     return "amx-tile" not in e.instructions
+
+
+# for a number of parts: (part of b, parts of a that it is multiplied with), small products first; part i of a is used
+# for the first time with the i-th of these
+PARTS = {1: ((0, (0,)),), 3: ((2, (0,)), (1, (1, 0)), (0, (2, 1, 0)))}
 
 
 @cache
@@ -124,7 +133,8 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
     a: rows `stride` bytes apart, 16 words of which are `step` bytes from the next 16: `rows * ROW` and ROW where
     it was packed, ROW and the bytes of a row where it lies as given; b: packed [words][columns]; c: [rows][columns] of
     accumulators, added to if `add` is not 0; words: a multiple of 16. `stream`: b need not stay in the L1 cache, in
-    which a does while panels of b pass by.
+    which a does while panels of b pass by. Numbers in several parts: as `numba_split` packs them, the products of small
+    parts first.
 
     All of b goes through one register. On a virtual Xeon, in spells in which the matrix unit alone does a quarter, what
     counts is how many of the eight are in use: with operands in the L2 cache, a tile of 32x32 does 360 GFLOP/s with
@@ -132,8 +142,8 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
     """
     high, wide = rows // SIDE, columns // SIDE
     sums = [[i * wide + j for j in range(wide)] for i in range(high)]  # numbers of tiles
-    left = [high * wide + i for i in range(high)]
-    right = high * (wide + 1)  # one for all of b
+    left = [[high * (wide + part) + i for i in range(high)] for part in range(form.planes)]
+    right = high * (wide + form.planes)  # one for all of b
     if right >= TILES:
         raise ValueError(f"a tile of {rows}x{columns} takes more than {TILES} of AMX")
 
@@ -168,14 +178,22 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
 
         def step(word: Value, _: State) -> State:
             base = b.add(a, b.mul(b.lshr(word, e.index(4)), step_a))  # 2^4 is SIDE
-            beside = b.add(b_panel, b.mul(word, e.index(columns * WORD)))
-            for j in range(wide):
-                place, apart = b.add(beside, e.index(j * ROW)), e.index(columns * WORD)
-                move("tileloaddt164" if stream else "tileloadd64", right, place, apart)
-                for i in range(high):
-                    if j == 0:
-                        move("tileloadd64", left[i], b.add(base, b.mul(stride_a, e.index(i * SIDE))), stride_a)
-                    call(PRODUCT[form.dtype], sums[i][j], left[i], right)
+            beside = b.add(b_panel, b.mul(word, e.index(columns * WORD * form.planes)))
+            for turn, (right_part, left_parts) in enumerate(PARTS[form.planes]):
+                for j in range(wide):
+                    place = b.add(beside, e.index((right_part * SIDE * columns + j * SIDE) * WORD))
+                    move("tileloaddt164" if stream else "tileloadd64", right, place, e.index(columns * WORD))
+                    for part in left_parts:
+                        for i in range(high):
+                            if j == 0 and part == turn:
+                                start = b.add(base, e.index(part * rows * ROW))
+                                move(
+                                    "tileloadd64",
+                                    left[part][i],
+                                    b.add(start, b.mul(stride_a, e.index(i * SIDE))),
+                                    stride_a,
+                                )
+                            call(PRODUCT[form.dtype], sums[i][j], left[part][i], right)
             return []
 
         e.branch(b.icmp_signed("!=", add, e.index(0)), loads, zeros)
@@ -212,7 +230,7 @@ def products(form: Format) -> Any:
 @cache
 def tile_of_packed(form: Format, rows: int, columns: int) -> Any:
     """Numba function (a, b, c, words, add): the same, of an a that was packed."""
-    multiply, step = tile(form, rows, columns), rows * ROW
+    multiply, step = tile(form, rows, columns), rows * ROW * form.planes
 
     @numba.njit(error_model="numpy")
     def product(a, b, c, words, add):  # type: ignore[no-untyped-def]
@@ -224,7 +242,7 @@ def tile_of_packed(form: Format, rows: int, columns: int) -> Any:
 def _spelled(e: Emit, form: Format, rows: int, columns: int, arguments: State) -> None:
     """The same, with vectors: row by row of a tile."""
     (a, b_panel, c, words, add, step_a, stride_a), b = arguments, e.builder
-    dot = numba_dot.bf16_sixteen if form.dtype == "bf16" else numba_dot.int8_sixteen
+    dot = numba_dot.int8_sixteen if form.dtype == "int8" else numba_dot.bf16_sixteen
     kind = e.vector if form.accumulator == "fp32" else e.ints
 
     def row(i: Value, _: State) -> State:
@@ -235,10 +253,18 @@ def _spelled(e: Emit, form: Format, rows: int, columns: int, arguments: State) -
 
             def step(word: Value, state: State, first: int = first) -> State:
                 left = b.add(b.add(a, b.mul(b.lshr(word, e.index(4)), step_a)), b.mul(i, stride_a))
-                right = b.add(b_panel, b.mul(b.add(b.mul(word, e.index(columns)), e.index(first)), e.index(WORD)))
-                xs = [e.broadcast(e.load_raw(e.offset(left, e.index(w), WORD), I32, WORD), SIDE) for w in range(SIDE)]
-                ys = [e.load_raw(e.offset(right, e.index(w * columns), WORD), e.ints, WORD) for w in range(SIDE)]
-                return [dot(e, state[0], xs, ys)]
+                right = b.add(b_panel, e.offset(e.index(first * WORD), word, columns * WORD * form.planes))
+                total = state[0]
+                for right_part, left_parts in PARTS[form.planes]:
+                    for part in left_parts:
+                        xs, ys = [], []
+                        for w in range(SIDE):
+                            x = e.load_raw(b.add(left, e.index(part * rows * ROW + w * WORD)), I32, WORD)
+                            xs.append(e.broadcast(x, SIDE))
+                            place = b.add(right, e.index((right_part * SIDE + w) * columns * WORD))
+                            ys.append(e.load_raw(place, e.ints, WORD))
+                        total = dot(e, total, xs, ys)
+                return [total]
 
             _, total = e.loop(e.index(0), words, SIDE, start, step)
             e.store_raw(total[0], place, WORD)

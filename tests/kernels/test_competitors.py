@@ -109,7 +109,7 @@ def _need(impl: Impl) -> None:
 
 def _need_instructions(impl: Impl, reply: Reply) -> None:
     """A competitor made of instructions that this CPU lacks says so; test_numba_other_cpus.py runs it spelled out."""
-    if impl.name == "numba_amx" and reply.status == Status.SKIPPED:
+    if impl.name in ("numba_amx", "numba_split") and reply.status == Status.SKIPPED:
         assert "needs a CPU with AMX" in reply.reason
         pytest.skip(f"{impl.key}: {reply.reason}")
 

@@ -12,8 +12,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from rooftune.core import Config
 
 MISSING = [name for name in ("torch", "numba") if importlib.util.find_spec(name) is None]
 if MISSING:
@@ -48,12 +52,39 @@ TILES = (  # of products by AMX: precision, transpose, epilogue, config
 )
 
 
+SPLIT = (  # of fp32 by AMX: transpose, epilogue, config
+    ("nn", "none", {"tile": "16x32", "block_m": 128, "block_n": 4096, "block_k": 128, "pack_b": "whole"}),
+    ("tt", "bias_gelu", {"tile": "16x48", "block_m": 128, "block_n": 128, "block_k": 128, "pack_b": "block"}),
+    ("nt", "residual", {"tile": "16x32", "block_m": 128, "block_n": 4096, "block_k": 256, "pack_b": "whole"}),
+    ("tn", "bias_relu", {"tile": "16x32", "block_m": 128, "block_n": 128, "block_k": 128, "pack_b": "block"}),
+)
+
+
+def run_range(config: Config) -> None:
+    """Numbers that are no sum of three bf16 that AMX knows: as small as 2^-125, or larger than the largest bf16."""
+    import torch
+
+    from rooftune import check, registry
+
+    problem = registry.problem("gemm[m=33,n=70,k=290,fp32]")
+    op, module = registry.op("gemm"), registry.impl("gemm/numba_split").load()
+    a, b = op.inputs(problem, check.generator("cpu", 5))
+    a[2] *= 2.0**-120
+    a[20, 7], b[7] = 3.4e38, b[7] * 2.0**-20
+    b[:, 40] *= 2.0**-112
+    out = torch.full((33, 70), 9.0)
+    module.build(problem, config)(out, a, b)
+    scale, error = a.double().abs() @ b.double().abs(), (out.double() - a.double() @ b.double()).abs()
+    assert bool((out[2, :40] != 0).all())
+    assert bool((error <= 1e-6 * scale + 290 * 2.0**-149).all()), (error / scale).max()  # sums may be subnormal
+
+
 def run_tiles() -> None:
     """What AMX is used for, on ragged shapes of more than one block of k, and special values."""
     import test_numba_shapes as shapes
     import test_numba_special as special
 
-    from rooftune.core import Config, Problem
+    from rooftune.core import Problem
 
     for precision, transpose, epilogue, config in TILES:
         flags = {"transpose": transpose, "epilogue": epilogue}
@@ -66,6 +97,17 @@ def run_tiles() -> None:
             for value in special.VALUES:
                 text = f"gemm[m=33,n=70,k=290,transpose={transpose},bf16]"
                 special.agree(text, config, special._product, value, "numba_amx")
+    for transpose, epilogue, config in SPLIT:
+        flags = {"transpose": transpose, "epilogue": epilogue}
+        problems = shapes.drawn(
+            shapes.SHAPES // len(SPLIT),
+            lambda size, f=flags: Problem.make("gemm", "fp32", f, m=size(), n=size(), k=size(320, 23, 513, 1)),
+        )
+        shapes.race_shapes(problems, lambda problem, config=config: config, "numba_split")
+        for value in special.VALUES if epilogue == "none" else ():
+            text = f"gemm[m=33,n=70,k=290,transpose={transpose},fp32]"
+            special.agree(text, config, special._product, value, "numba_split")
+        run_range(config)
     for tile in ("32x16", "16x32"):
         heads: Config = {"tile": tile, "block_k": 64, "query_tiles": 2, "multiply": "amx"}
         problems = shapes.drawn(2 * SHAPES, shapes.attention_shapes("bf16"))
@@ -81,7 +123,7 @@ def run_vectors(name: str) -> None:
     import test_numba_special as special
 
     from rooftune import registry
-    from rooftune.core import Config, Problem
+    from rooftune.core import Problem
 
     for cpus, precision, transpose, epilogue, tile, config in GEMMS:
         if name in cpus.split():

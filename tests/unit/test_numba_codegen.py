@@ -98,6 +98,15 @@ def test_a_product_of_amx_is_four_tiles_a_step(dtype: str, instruction: str) -> 
     assert "tilerelease" in assembly(tmul.release(), 0, 16, "sapphirerapids")
 
 
+def test_a_product_of_split_fp32_loads_every_part_once_for_each_tile() -> None:
+    code = assembly(tmul.tile(tmul.FORMATS["fp32"], 16, 32, stream=True), 7, 16, "sapphirerapids")
+    loop = inner_loop(code, "tdpbf16ps")
+    assert len(re.findall(r"\btdpbf16ps\b", loop)) == 6 * 2
+    assert len(re.findall(r"\btileloadd\b", loop)) == 3
+    assert len(re.findall(r"\btileloaddt1\b", loop)) == 3 * 2
+    assert len(set(re.findall(r"%tmm\d", code))) == 6  # sums, three of a, and one for all of b
+
+
 def test_a_tile_that_is_too_large_is_seen_to_spill() -> None:
     assert "(%rsp" in inner_loop(assembly(tiles.tile(Format("fp32", 1), 8, 24), 5, 8, "znver3"), "vfmadd")
 

@@ -62,7 +62,7 @@ def multiplier(form: Any, rows: int, columns: int, real: bool, **how: Any) -> Ca
         leave()
 
     def multiply(
-        a: Any, b: Any, c: Any, words: int, add: int, step: int = rows * tmul.ROW, row: int = tmul.ROW
+        a: Any, b: Any, c: Any, words: int, add: int, step: int = rows * tmul.ROW * form.planes, row: int = tmul.ROW
     ) -> None:
         call(a.ctypes.data, b.ctypes.data, c.ctypes.data, words, add, step, row)
 
@@ -124,24 +124,28 @@ def test_rows_of_a_tile_are_16_words_in_a_line() -> None:
 
 
 @pytest.mark.skipif(not HERE, reason="this CPU has no AMX")
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_what_is_spelled_out_has_the_bits_of_the_instructions(dtype: str) -> None:
-    rng = np.random.default_rng(5)
-    a, b = (rng.integers(-(2**31), 2**31, (32, 64), dtype=np.int64).astype(np.int32) for _ in range(2))
-    if dtype == "bf16":  # products near the end of the range, subnormal ones, infinities and NaN
+    rng, form = np.random.default_rng(5), tmul.FORMATS[dtype]
+    rows = 16 if form.planes > 1 else 32
+    sizes = (rows, 64 * form.planes), (32, 64 * form.planes)
+    a, b = (rng.integers(-(2**31), 2**31, size, dtype=np.int64).astype(np.int32) for size in sizes)
+    if dtype != "int8":  # products near the end of the range, subnormal ones, infinities and NaN
         for words in (a, b):
-            halves = rng.standard_normal((32, 64, 2)).astype(np.float32)
+            halves = rng.standard_normal((*words.shape, 2)).astype(np.float32)
             halves *= np.float32(2.0) ** rng.integers(-70, 60, halves.shape)
-            halves.reshape(-1)[::997] = np.tile(np.array([np.nan, np.inf, 2.0**-130, 3e38], np.float32), 2)[:5]
+            halves.reshape(-1)[::997] = np.resize(
+                np.array([np.nan, np.inf, 2.0**-130, 3e38], np.float32), halves.reshape(-1)[::997].size
+            )
             words.view(np.uint16).reshape(halves.shape)[:] = halves.view(np.uint32) >> 16
     found = []
     for real in (True, False):
-        c = rng.standard_normal((32, 32)).astype(np.float32) if not found else found[0][0].copy()
+        c = rng.standard_normal((rows, 32)).astype(np.float32) if not found else found[0][0].copy()
         before = c.copy()
-        multiplier(tmul.FORMATS[dtype], 32, 32, real)(a, b, c, 64, 1)
+        multiplier(form, rows, 32, real)(a, b, c, 64, 1)
         found.append((before, c))
     first, second = (c for _, c in found)
-    nan = np.isnan(first) if dtype == "bf16" else np.zeros_like(first, bool)
+    nan = np.isnan(first) if dtype != "int8" else np.zeros_like(first, bool)
     assert dtype == "int8" or (0 < nan.sum() < nan.size)
     np.testing.assert_array_equal(first.view(np.int32)[~nan], second.view(np.int32)[~nan])
     assert dtype == "int8" or np.isnan(second[nan]).all()

@@ -1,0 +1,184 @@
+"""fp32 products by AMX in Numba: a number is the sum of three bf16, a product the sum of six of theirs.
+
+Three bf16 of 8 significant bits each hold the 24 of fp32 exactly. Of the nine products of two such sums, the three
+smallest are left out: together they are below 2^-23 of |a b|, as much as one rounding in fp32, and on average near 0.
+(Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
+computations", 2019, which calls it bf16x3 with six products; cuBLAS calls nine of them BF16x9.)
+
+AMX counts subnormal numbers as 0, and a number that bf16 rounds to infinity has no parts. So a number of 2^-110 or
+less (whose last part would be subnormal) and one above the largest bf16, infinity and NaN among them, is packed as NaN:
+it spoils the sums it is part of, which are then computed again from the numbers as given (`spoiled`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from rooftune.kernels.common.numba import F32, I32, Emit, State, Value, intrinsic
+from rooftune.kernels.common.numba_dot import round_pairs
+from rooftune.kernels.common.numba_tile import WORD, transpose
+from rooftune.kernels.common.numba_tmul import FORMATS, ROW, SIDE
+
+SPLIT = FORMATS["fp32"]
+SMALLEST, LARGEST = 0x08800000, 0x7F7F8000  # bits of 2^-110, and of the smallest number that bf16 rounds to infinity
+ITEM = 4  # bytes
+
+
+def parts(e: Emit, first: Value, second: Value) -> list[Value]:
+    """Two vectors of fp32 as three of words of two bf16 (`first` in the lower halves), the largest part first.
+
+    What has no parts is NaN in the first of them.
+    """
+    b, out = e.builder, []
+    spoiled = [_spoils(e, value) for value in (first, second)]
+    for plane in range(SPLIT.planes):
+        word = round_pairs(e, first, second)
+        low, high = b.shl(word, e.int_splat(16)), b.and_(word, e.int_splat(0xFFFF0000))
+        first, second = (b.fsub(x, b.bitcast(y, e.vector)) for x, y in ((first, low), (second, high)))
+        if plane == 0:
+            for bad, half in zip(spoiled, (0x7FC0, 0x7FC00000), strict=True):
+                word = b.select(bad, b.or_(word, e.int_splat(half)), word)
+        out.append(word)
+    return out
+
+
+def _spoils(e: Emit, value: Value) -> Value:
+    b = e.builder
+    size = b.and_(b.bitcast(value, e.ints), e.int_splat(0x7FFFFFFF))
+    outside = b.icmp_unsigned(">=", b.sub(size, e.int_splat(SMALLEST)), e.int_splat(LARGEST - SMALLEST))
+    return b.and_(outside, b.icmp_unsigned("!=", size, e.int_splat(0)))
+
+
+@cache
+def pack(size: int, along_k: bool, left: bool, stream: bool = False) -> Any:
+    """Numba function (source, target, valid, stride, k): pack one panel of `size` rows, a multiple of 16.
+
+    As [step][part][size][16 words] for the left operand and [step][part][16 words][size] for the right one, where a
+    step is 32 numbers of k and a word two. along_k: element (i, j) lies at source + i * stride + j (k is contiguous),
+    else at source + j * stride + i. Rows from `valid` on, and steps of k from k on, are zero. `stream`: past the
+    caches; the target begins at a line.
+    """
+
+    def emit(e: Emit, source: Value, target: Value, valid: Value, stride: Value, k: Value) -> None:
+        b, deep, plane = e.builder, 2 * SIDE, size * ROW
+        lanes = ir.Constant(e.ints, list(range(SIDE)))
+
+        def line(i: Value, j: Value) -> Value:
+            """16 numbers from (i, j) on, in the direction that is contiguous; those outside are 0."""
+            start, end, across, most = (j, k, i, valid) if along_k else (i, valid, j, k)
+            inside = b.select(b.icmp_signed("<", across, most), b.sub(end, start), e.index(0))
+            some = e.broadcast(b.trunc(inside, I32), SIDE)  # a share of a matrix: fits 32 bits
+            address = e.offset(source, b.add(b.mul(across, stride), start), ITEM)
+            place = b.inttoptr(address, e.vector.as_pointer())
+            mask = b.icmp_signed("<", lanes, some)
+            kind = (place, ir.Constant(I32, ITEM), mask, e.splat(0.0))
+            return e.call("llvm.masked.load.v16f32.p0", e.vector, kind)
+
+        def store(words: State, place: Value) -> None:
+            for part, word in enumerate(words):
+                e.store_raw(word, b.add(place, e.index(part * plane)), ROW if stream else WORD, stream)
+
+        def block(j: Value, first: int) -> None:
+            """16 rows of a step."""
+            step = e.offset(target, b.lshr(j, e.index(5)), SPLIT.planes * plane)  # 2^5 is `deep`
+            place = b.add(step, e.index(first * (ROW if left else WORD)))
+            apart = ROW if left else size * WORD  # from one row of the block of words to the next
+            if along_k == left:  # a line of words is a line of memory, or half of it
+
+                def direct(i: Value, _: State) -> State:
+                    if along_k:
+                        row = b.add(i, e.index(first))
+                        x, y = line(row, j), line(row, b.add(j, e.index(SIDE)))
+                        pair = [b.shuffle_vector(x, y, ir.Constant(e.ints, list(range(o, deep, 2)))) for o in (0, 1)]
+                    else:
+                        at = b.add(j, b.mul(i, e.index(2)))
+                        pair = [line(e.index(first), at), line(e.index(first), b.add(at, e.index(1)))]
+                    store(parts(e, *pair), e.offset(place, i, apart))
+                    return []
+
+                e.loop(e.index(0), e.index(SIDE), 1, [], direct)
+                return
+            if along_k:
+                columns: list[Value] = []
+                for half in range(2):
+                    rows = [line(e.index(first + i), b.add(j, e.index(half * SIDE))) for i in range(SIDE)]
+                    columns += transpose(e, rows)
+                for word in range(SIDE):
+                    store(parts(e, *columns[2 * word : 2 * word + 2]), b.add(place, e.index(word * apart)))
+                return
+            words = []
+            for word in range(SIDE):
+                at = b.add(j, e.index(2 * word))
+                words.append(parts(e, line(e.index(first), at), line(e.index(first), b.add(at, e.index(1)))))
+            for part, block in enumerate(zip(*words, strict=True)):
+                for i, row in enumerate(transpose(e, list(block))):
+                    e.store_raw(row, b.add(place, e.index(part * plane + i * apart)), ROW if stream else WORD, stream)
+
+        def step(j: Value, _: State) -> State:
+            for first in range(0, size, SIDE):
+                block(j, first)
+            return []
+
+        e.loop(e.index(0), b.add(k, e.index(deep - 1)), deep, [], step)
+
+    return intrinsic([types.int64] * 5, emit)
+
+
+@cache
+def spoiled(count: int) -> Any:
+    """Numba function (sums) -> int64: not 0 if any of `count` fp32 numbers, a multiple of 16, is infinite or NaN."""
+
+    def emit(e: Emit, sums: Value) -> Value:
+        b, infinity = e.builder, e.int_splat(0x7F800000)
+
+        def step(i: Value, state: State) -> State:
+            bits = e.load_raw(e.offset(sums, i, ITEM), e.ints, ITEM)
+            return [b.or_(state[0], b.icmp_signed(">=", b.and_(bits, e.int_splat(0x7FFFFFFF)), infinity))]
+
+        none = ir.Constant(ir.VectorType(ir.IntType(1), e.width), [0] * e.width)
+        _, found = e.loop(e.index(0), e.index(count), e.width, [none], step)
+        return b.zext(b.bitcast(found[0], ir.IntType(e.width)), ir.IntType(64))
+
+    return intrinsic([types.int64], emit, types.int64)
+
+
+@cache
+def again(columns: int, a_along_k: bool, b_along_k: bool) -> Any:
+    """Numba function (a, b, c, height, width, stride_a, stride_b, k): c = a b, one tile, of the numbers as given.
+
+    Element (i, j) of a lies at a + i * stride_a + j if it is along k, else at a + j * stride_a + i; so do the columns
+    of b. c: [height][columns], written in whole vectors up to `width`. For tiles that are spoiled.
+    """
+
+    def emit(e: Emit, *arguments: Value) -> None:
+        (a, right, c, height, width, stride_a, stride_b, k), b = arguments, e.builder
+
+        def address(base: Value, i: Value, j: Value, stride: Value, along_k: bool) -> Value:
+            row, column = (i, j) if along_k else (j, i)
+            return e.offset(base, b.add(b.mul(row, stride), column), ITEM)
+
+        def row(i: Value, _: State) -> State:
+            def vector(first: Value, _: State) -> State:
+                last = b.sub(width, e.index(1))
+                own = [b.add(first, e.index(lane)) for lane in range(e.width)]
+                own = [b.select(b.icmp_signed("<", lane, last), lane, last) for lane in own]
+
+                def step(j: Value, state: State) -> State:
+                    x = e.splat(e.load_raw(address(a, i, j, stride_a, a_along_k), F32, ITEM))
+                    y = e.gather([address(right, lane, j, stride_b, b_along_k) for lane in own], "fp32")
+                    return [e.fma(x, y, state[0])]
+
+                _, sums = e.loop(e.index(0), k, 1, [e.splat(0.0)], step)
+                e.store(sums[0], e.offset(c, b.add(b.mul(i, e.index(columns)), first), ITEM), "fp32")
+                return []
+
+            e.loop(e.index(0), e.index(columns), e.width, [], vector)
+            return []
+
+        e.loop(e.index(0), height, 1, [], row)
+
+    return intrinsic([types.int64] * 8, emit)
