@@ -12,11 +12,11 @@ import torch
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
 from rooftune.kernels.attention import without_lse
-from rooftune.kernels.common import numba_tmul
+from rooftune.kernels.common import numba_split, numba_tmul
 from rooftune.kernels.common.numba import ITEM, LINE, LOG2E, threads
 from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, tile_formats, vector_width
 from rooftune.kernels.common.numba_online import KEPT, begin, end, soften
-from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
+from rooftune.kernels.common.numba_parallel import Job, arguments_of, call, job, parallel, slots
 from rooftune.kernels.common.numba_tile import Format, pack, tile, touch
 
 DEVICES = ("cpu",)
@@ -28,11 +28,20 @@ TILES = {  # rows (keys, or columns of v) x queries of the register tile, by lan
     4: ("4x12", "6x8", "4x8", "8x4"),
 }
 AMX_TILES = ("16x32", "32x16", "32x32", "16x16")
+SPLIT_TILES = ("16x32", "16x48", "16x16")  # a tile of keys or values takes three registers for its parts
+AGAIN = 8  # rows of the tile for what `numba_split` cannot multiply
+
+
+def _amx_tiles(precision: str) -> tuple[str, ...]:
+    if "bf16" not in tile_formats():
+        return ()
+    return {"bf16": AMX_TILES, "fp32": SPLIT_TILES}.get(precision, ())
 
 
 def _default(problem: Problem) -> Config:
     tiles, dtype = TILES[vector_width()], problem.precision
-    few = problem["sq"] * problem["h"] // problem["hkv"] <= vector_width()
+    lanes = problem["sq"] * problem["h"] // problem["hkv"]
+    few = lanes <= vector_width()
     if dtype in tile_formats():  # a block's scores, keys and values fit the L1 cache, or there are fewer blocks
         small = few or problem["d"] <= 64
         return {
@@ -41,6 +50,8 @@ def _default(problem: Problem) -> Config:
             "query_tiles": 32,
             "multiply": "amx",
         }
+    if dtype == "fp32" and _amx_tiles(dtype) and not few:  # 268 queries: 16x16 1.08 times as fast; 512: 0.95
+        return {"tile": "16x32" if lanes > 384 else "16x16", "block_k": 128, "query_tiles": 32, "multiply": "amx"}
     return {
         "tile": tiles[-2] if few else tiles[0],
         "block_k": 128 if vector_width() == 16 else 256,  # 16: 1.02 to 1.04 times as fast; others not measured
@@ -51,21 +62,30 @@ def _default(problem: Problem) -> Config:
 
 SPACE = Space(
     axes={
-        "tile": (*TILES[vector_width()], *(AMX_TILES if tile_formats() else ())),
+        "tile": tuple(dict.fromkeys((*TILES[vector_width()], *_amx_tiles("bf16"), *_amx_tiles("fp32")))),
         "block_k": (32, 64, 96, 128, 192, 256, 512),  # keys whose scores are held at once
         "query_tiles": (1, 2, 4, 8, 16, 32, 64),  # tiles of queries that share a packed block of k and v
-        # for both products, with probabilities rounded to bf16; dot: vdpbf16ps (on Intel half as fast as fp32), amx:
-        # tdpbf16ps (1.7 to 3.6 times as fast as torch, which uses it too; measured on a Xeon)
+        # of both products. dot: vdpbf16ps, with probabilities rounded to bf16 (on Intel half as fast as fp32); amx:
+        # tdpbf16ps, likewise, and six of them for one product of fp32 (1.3 to 1.9 times as fast as FMA on a Xeon, 1.0
+        # to 1.2 in spells in which the matrix unit is shared)
         "multiply": ("widen", "dot", "amx"),
     },
     where=(
         lambda config, problem: config["multiply"] != "dot" or problem.precision in dot_formats(),
-        lambda config, problem: config["multiply"] != "amx" or problem.precision in tile_formats(),
-        lambda config, problem: (config["multiply"] == "amx") == (config["tile"] in AMX_TILES),
+        lambda config, problem: (
+            config["tile"] in _amx_tiles(problem.precision)
+            if config["multiply"] == "amx"
+            else config["tile"] in TILES[vector_width()]
+        ),
     ),
     default=_default,
 )
 ARGUMENTS = (*("int64",) * 13, "float32")
+
+
+def _split(problem: Problem, config: Config) -> bool:
+    """Whether products of fp32 are made of those of bf16 (`numba_split`)."""
+    return problem.precision == "fp32" and config["multiply"] == "amx"
 
 
 def _steps(multiply: str) -> int:
@@ -81,19 +101,27 @@ def nothing() -> None:
 def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
     """A task: some tiles of queries of one head, in its slot's part of the scratch memory."""
     form, item = Format(dtype, _steps(multiply_by)), ITEM[dtype]
+    form = numba_tmul.FORMATS[dtype] if multiply_by == "amx" else form
+    planes, split = form.planes, form.planes > 1
     degree = 5 if dtype == "fp32" else 4 if form.steps == 1 else 3  # of exp2: 3 where its values are rounded to bf16
     panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
     if multiply_by == "amx":
         deep, multiply = numba_tmul.SIDE, numba_tmul.tile_of_packed(form, rows, queries)
-        pack_k, pack_v = (numba_tmul.pack(form, panel, along_k) for along_k in (True, False))
+        pack_k, pack_v = (
+            numba_split.pack(panel, along_k, left=True) if split else numba_tmul.pack(form, panel, along_k)
+            for along_k in (True, False)
+        )
         enter, leave = numba_tmul.configure(), numba_tmul.release()
     else:
         deep, multiply = 1, tile(form, rows, queries, panel)
         pack_k, pack_v = (pack(form, panel, along_k) for along_k in (True, False))
         enter, leave = nothing, nothing
     most, steps, fetch = deep * form.steps, form.steps, touch()
-    pack_q, start, finish = pack(form, queries, True, deep=deep), begin(queries), end(queries, dtype)
-    softmax, arguments = soften(queries, degree, steps == 2, deep), arguments_of(*ARGUMENTS)
+    pack_q = numba_split.pack(queries, True, left=False) if split else pack(form, queries, True, deep=deep)
+    start, finish = begin(queries), end(queries, dtype)
+    softmax, arguments = soften(queries, degree, steps == 2, deep, split), arguments_of(*ARGUMENTS)
+    lost = numba_split.spoiled()
+    again = compiled(dtype, AGAIN, queries, "widen").address if split else 0
 
     @job
     def attention(given, task, slot):  # type: ignore[no-untyped-def]
@@ -102,11 +130,12 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
         parts = (every + tiles - 1) // tiles
         columns, tall = (d + panel - 1) // panel * panel, (block + panel - 1) // panel * panel
         words = (d + most - 1) // most * deep
-        each = (words + columns + KEPT) * queries * 4
+        each = (words * planes + columns + KEPT) * queries * 4
         own = scratch + slot * size
         scores = own + tiles * each
         k_pack = scores + tall * queries * 4
-        v_pack = k_pack + tall * words * 4
+        v_pack = k_pack + tall * words * planes * 4
+        softened = v_pack + columns * ((block + most - 1) // most * deep) * planes * 4 if split else scores
         head = task // parts
         part = parts - 1 - task % parts  # under a causal mask the last see most keys: long tasks first, short ones last
         begin_tile = part * tiles
@@ -117,7 +146,7 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
             first, packed = t * queries, own + (t - begin_tile) * each
             valid, query = min(queries, count - first), first % period
             pack_q(q + (head * count + first) * d * item, packed, valid, d, d)
-            start(packed + words * queries * 4, d * queries, query, period, beyond, valid)
+            start(packed + words * planes * queries * 4, d * queries, query, period, beyond, valid)
             stop = max(stop, min(query + valid, period) + beyond)
         stop = min(stop, sk)
         for key in range(0, stop, block):
@@ -125,9 +154,9 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
             thick = (keys + most - 1) // most * deep  # words of a packed panel of v
             here = (head * sk + key) * d * item
             for r in range(0, keys, panel):
-                pack_k(k + here + r * d * item, k_pack + r * words * 4, min(panel, keys - r), d, d)
+                pack_k(k + here + r * d * item, k_pack + r * words * planes * 4, min(panel, keys - r), d, d)
             for c in range(0, columns, panel):
-                pack_v(v + here + c * item, v_pack + c * thick * 4, min(panel, d - c), d, keys)
+                pack_v(v + here + c * item, v_pack + c * thick * planes * 4, min(panel, d - c), d, keys)
             ahead = block * d * item if key + block < stop else 0
             share = (ahead // (end_tile - begin_tile) + LINE - 1) // LINE * LINE
             for t in range(begin_tile, end_tile):
@@ -140,18 +169,21 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
                 clear = (0 if turns else query) + beyond + 1 - key  # seen by all
                 if seen > 0:
                     packed = own + (t - begin_tile) * each
-                    sums = packed + words * queries * 4
+                    sums = packed + words * planes * queries * 4
                     for r in range(0, seen, rows):
-                        left = k_pack + (r // panel * panel * words + r % panel) * 4
+                        left = k_pack + (r // panel * panel * words * planes + r % panel) * 4
                         multiply(left, packed, scores + r * queries * 4, words, 0)
-                    softmax(scores, seen, sums, d, key, clear, factor)
+                    softmax(scores, seen, sums, d, key, clear, factor, softened)
                     for c in range(0, d, rows):
-                        left = v_pack + (c // panel * panel * thick + c % panel) * 4
-                        multiply(left, scores, sums + (c + KEPT) * queries * 4, (seen + most - 1) // most * deep, 1)
+                        left = v_pack + (c // panel * panel * thick * planes + c % panel) * 4
+                        multiply(left, softened, sums + (c + KEPT) * queries * 4, (seen + most - 1) // most * deep, 1)
         leave()
         for t in range(begin_tile, end_tile):
             first = t * queries
-            sums = own + (t - begin_tile) * each + words * queries * 4
+            sums = own + (t - begin_tile) * each + words * planes * queries * 4
+            if split and lost(sums + queries * 4, (KEPT - 1 + d) * queries):  # totals, the last keys (small), output
+                call(again, given, task, slot)
+                return
             finish(sums, d, out + (head * count + first) * d * item, min(queries, count - first))
 
     return attention
@@ -171,22 +203,31 @@ def build(problem: Problem, config: Config) -> Run:
     causal = bool(problem.flag("causal")) and period > 1  # bottom right: a single query sees every key
     beyond = sk - period if causal else sk
     rows, queries = (int(side) for side in config["tile"].split("x"))
-    steps, deep = _steps(config["multiply"]), numba_tmul.SIDE if config["multiply"] == "amx" else 1
+    amx, split = config["multiply"] == "amx", _split(problem, config)
     block, every = min(config["block_k"], sk), -(-count // queries)
     tiles = min(config["query_tiles"], -(-every // -(-threads() // heads)))
-    columns, tall = (-(-size // rows) * rows + vector_width() for size in (d, block))  # padded panels fit
-    words, thick = (-(-size // (steps * deep)) * deep for size in (d, block))
-    space = tiles * (words + columns + KEPT) * queries + tall * (queries + words) + columns * thick
-    size = -(-space // 16) * 64  # bytes, whole cache lines
+
+    def room(rows: int, steps: int, deep: int, planes: int) -> int:
+        """Bytes of a slot's scratch memory, whole cache lines."""
+        columns, tall = (-(-size // rows) * rows + vector_width() for size in (d, block))  # padded panels fit
+        words, thick = (-(-size // (steps * deep)) * deep * planes for size in (d, block))
+        space = tiles * (words + columns + KEPT) * queries + tall * (queries + words) + columns * thick
+        return -(-(space + (queries * thick if planes > 1 else 0)) // 16) * LINE
+
+    planes = numba_split.SPLIT.planes if split else 1
+    size = room(rows, _steps(config["multiply"]), numba_tmul.SIDE if amx else 1, planes)
+    if split:
+        size = max(size, room(AGAIN, 1, 1, 1))
     tasks = heads * -(-every // tiles)
-    scratch = torch.empty(slots(tasks) * size // 4, dtype=torch.float32)
+    scratch = torch.empty((slots(tasks) * size + LINE) // 4, dtype=torch.float32)
+    place = -(-scratch.data_ptr() // LINE) * LINE
     factor = LOG2E / math.sqrt(d)
     kernel = parallel(ARGUMENTS, (compiled(problem.precision, rows, queries, config["multiply"]), tasks))
 
-    def run(out: Any, q: Any, k: Any, v: Any) -> None:
+    def run(out: Any, q: Any, k: Any, v: Any, keep: Any = scratch) -> None:
         kernel(
-            *(t.data_ptr() for t in (q, k, v, out, scratch)),
-            *(size, count, period, sk, d, beyond, block, tiles, factor),
+            *(t.data_ptr() for t in (q, k, v, out)),
+            *(place, size, count, period, sk, d, beyond, block, tiles, factor),
         )
 
     return run

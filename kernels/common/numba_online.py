@@ -15,6 +15,7 @@ from numba import types
 
 from rooftune.kernels.common.numba import I32, ITEM, Emit, State, Value, intrinsic
 from rooftune.kernels.common.numba_dot import round_pairs
+from rooftune.kernels.common.numba_split import SPLIT, parts
 from rooftune.kernels.common.numba_tile import WORD, transpose
 
 CHAINS = 8  # maxima at once: one takes 4 cycles until the next may follow, and two may begin in each
@@ -54,8 +55,8 @@ def begin(queries: int) -> Any:
 
 
 @cache
-def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
-    """Numba function (scores [keys][queries], keys, sums, d, first, clear, factor): scores to probabilities.
+def soften(queries: int, degree: int, pairs: bool, deep: int = 1, split: bool = False) -> Any:
+    """Numba function (scores [keys][queries], keys, sums, d, first, clear, factor, out): scores to probabilities.
 
     Online softmax (Milakov and Gimelshein, 2018), one query a lane: new maximum, earlier sums scaled down,
     exponentials added to the totals. Any number near the maximum does as well, so a lane keeps the one it
@@ -65,12 +66,21 @@ def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
     lane's total NaN. Scores are multiplied by the factor here, which costs nothing: the subtraction of the maximum
     becomes an FMA.
 
-    `pairs`: the probabilities of two keys are written as one word of bf16 each, in the first half of the rows, and
-    zeros behind them up to a whole number of `deep` words.
+    `pairs`: the probabilities of two keys are written as one word of bf16 each, to `out`, and zeros behind them up to a
+    whole number of `deep` words; else they take their scores' place. `split`: as the three parts of `numba_split`.
+    Pairs that are not split may take the place of the scores.
     """
 
     def emit(
-        e: Emit, scores: Value, keys: Value, sums: Value, d: Value, first: Value, clear: Value, factor: Value
+        e: Emit,
+        scores: Value,
+        keys: Value,
+        sums: Value,
+        d: Value,
+        first: Value,
+        clear: Value,
+        factor: Value,
+        into: Value,
     ) -> None:
         b, vectors = e.builder, queries // e.width
         lanes = range(0, queries, e.width)
@@ -115,6 +125,15 @@ def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
         def exponential(key: Value, v: int) -> Value:
             return e.exp2(e.fma(e.load(place(key, lanes[v]), "fp32"), factors, below[v]), degree)
 
+        def store(words: State, key: Value, lane: int) -> None:
+            """Words of keys `key` and `key` + 1; parts of `deep` of them lie behind each other."""
+            row = b.lshr(key, e.index(1))
+            if split:
+                row = b.add(b.mul(b.udiv(row, e.index(deep)), e.index(len(words) * deep)), b.urem(row, e.index(deep)))
+            for part, word in enumerate(words):
+                at = b.add(row, e.index(part * deep))
+                e.store_raw(word, b.add(e.offset(into, at, queries * 4), e.index(lane * 4)), 4)
+
         def single(key: Value, totals: State) -> State:
             out = []
             for v, lane in enumerate(lanes):
@@ -128,7 +147,7 @@ def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
             for v, lane in enumerate(lanes):
                 first = exponential(key, v)
                 second = exponential(b.add(key, e.index(1)), v) if both else e.splat(0.0)
-                e.store_raw(round_pairs(e, first, second), place(b.lshr(key, e.index(1)), lane), 4)
+                store(parts(e, first, second, known=True) if split else [round_pairs(e, first, second)], key, lane)
                 out.append(b.fadd(totals[v], b.fadd(first, second)))
             return out
 
@@ -141,7 +160,7 @@ def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
 
             def blank(word: Value, _: State) -> State:
                 for lane in lanes:
-                    e.store(e.splat(0.0), place(word, lane), "fp32")
+                    store([ir.Constant(e.ints, None)] * (SPLIT.planes if split else 1), b.shl(word, e.index(1)), lane)
                 return []
 
             e.loop(words, b.mul(b.sdiv(b.add(words, e.index(deep - 1)), e.index(deep)), e.index(deep)), 1, [], blank)
@@ -162,7 +181,7 @@ def soften(queries: int, degree: int, pairs: bool, deep: int = 1) -> Any:
         some = b.bitcast(e.tree(changed, b.or_), ir.IntType(e.width))
         e.branch(b.icmp_unsigned("!=", some, some.type(0)), rescale_all, list)
 
-    return intrinsic([*[types.int64] * 6, types.float32], emit)
+    return intrinsic([*[types.int64] * 6, types.float32, types.int64], emit)
 
 
 @cache

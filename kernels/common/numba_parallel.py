@@ -66,8 +66,8 @@ def arguments_of(*kinds: str) -> Any:
 
 
 @intrinsic
-def _call(context: Any, function: Any, arguments: Any, task: Any, slot: Any) -> Any:
-    """Call the C function void(int64, int64, int64) at an address."""
+def call(context: Any, function: Any, arguments: Any, task: Any, slot: Any) -> Any:
+    """Call the C function void(int64, int64, int64) at an address: a job's, of a job's arguments."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 3)
@@ -124,7 +124,7 @@ def _work(frame: Any, slot: Any) -> None:
         while _peek(counter) < stop:
             task = _take(counter)
             if task < stop:
-                _call(function, arguments, task, slot)
+                call(function, arguments, task, slot)
 
 
 def _run(steps: Any, count: Any, arguments: Any, frame: Any) -> None:

@@ -28,19 +28,24 @@ SMALLEST, LARGEST = 0x08800000, 0x7F7F8000  # bits of 2^-110, and of the smalles
 ITEM = 4  # bytes
 
 
-def parts(e: Emit, first: Value, second: Value) -> list[Value]:
+def parts(e: Emit, first: Value, second: Value, known: bool = False) -> list[Value]:
     """Two vectors of fp32 as three of words of two bf16 (`first` in the lower halves), the largest part first.
 
-    What has no parts is NaN in the first of them.
+    What has no parts is NaN in the first of them. `known`: it is NaN already, or so small that it does not count; and
+    parts are cut off, not rounded, in 6 operations less of 20 (the second is then below 2^-7, not 2^-8, of the number).
     """
     b, out = e.builder, []
-    spoiled = [_spoils(e, value) for value in (first, second)]
+    spoiled = [] if known else [_spoils(e, value) for value in (first, second)]
     for plane in range(SPLIT.planes):
-        word = round_pairs(e, first, second)
+        if known:
+            low, high = (b.bitcast(value, e.ints) for value in (first, second))
+            word = b.or_(b.lshr(low, e.int_splat(16)), b.and_(high, e.int_splat(0xFFFF0000)))
+        else:
+            word = round_pairs(e, first, second)
         low, high = b.shl(word, e.int_splat(16)), b.and_(word, e.int_splat(0xFFFF0000))
         first, second = (b.fsub(x, b.bitcast(y, e.vector)) for x, y in ((first, low), (second, high)))
         if plane == 0:
-            for bad, half in zip(spoiled, (0x7FC0, 0x7FC00000), strict=True):
+            for bad, half in zip(spoiled, (0x7FC0, 0x7FC00000), strict=False):
                 word = b.select(bad, b.or_(word, e.int_splat(half)), word)
         out.append(word)
     return out
@@ -59,8 +64,8 @@ def pack(size: int, along_k: bool, left: bool, stream: bool = False) -> Any:
 
     As [step][part][size][16 words] for the left operand and [step][part][16 words][size] for the right one, where a
     step is 32 numbers of k and a word two. along_k: element (i, j) lies at source + i * stride + j (k is contiguous),
-    else at source + j * stride + i. Rows from `valid` on, and steps of k from k on, are zero. `stream`: past the
-    caches; the target begins at a line.
+    else at source + j * stride + i. Rows from `valid` on are the last valid row again if it is along k, else zero;
+    steps of k from k on are zero. `stream`: past the caches; the target begins at a line.
     """
 
     def emit(e: Emit, source: Value, target: Value, valid: Value, stride: Value, k: Value) -> None:
@@ -70,7 +75,11 @@ def pack(size: int, along_k: bool, left: bool, stream: bool = False) -> Any:
         def line(i: Value, j: Value) -> Value:
             """16 numbers from (i, j) on, in the direction that is contiguous; those outside are 0."""
             start, end, across, most = (j, k, i, valid) if along_k else (i, valid, j, k)
-            inside = b.select(b.icmp_signed("<", across, most), b.sub(end, start), e.index(0))
+            there, inside = b.icmp_signed("<", across, most), b.sub(end, start)
+            if along_k:
+                across = b.select(there, across, b.sub(valid, e.index(1)))
+            else:
+                inside = b.select(there, inside, e.index(0))
             some = e.broadcast(b.trunc(inside, I32), SIDE)  # a share of a matrix: fits 32 bits
             address = e.offset(source, b.add(b.mul(across, stride), start), ITEM)
             place = b.inttoptr(address, e.vector.as_pointer())
@@ -129,10 +138,10 @@ def pack(size: int, along_k: bool, left: bool, stream: bool = False) -> Any:
 
 
 @cache
-def spoiled(count: int) -> Any:
-    """Numba function (sums) -> int64: not 0 if any of `count` fp32 numbers, a multiple of 16, is infinite or NaN."""
+def spoiled() -> Any:
+    """Numba function (sums, count) -> int64: not 0 if any of `count` fp32 numbers, some times 16, is not finite."""
 
-    def emit(e: Emit, sums: Value) -> Value:
+    def emit(e: Emit, sums: Value, count: Value) -> Value:
         b, infinity = e.builder, e.int_splat(0x7F800000)
 
         def step(i: Value, state: State) -> State:
@@ -140,10 +149,10 @@ def spoiled(count: int) -> Any:
             return [b.or_(state[0], b.icmp_signed(">=", b.and_(bits, e.int_splat(0x7FFFFFFF)), infinity))]
 
         none = ir.Constant(ir.VectorType(ir.IntType(1), e.width), [0] * e.width)
-        _, found = e.loop(e.index(0), e.index(count), e.width, [none], step)
+        _, found = e.loop(e.index(0), count, e.width, [none], step)
         return b.zext(b.bitcast(found[0], ir.IntType(e.width)), ir.IntType(64))
 
-    return intrinsic([types.int64], emit, types.int64)
+    return intrinsic([types.int64] * 2, emit, types.int64)
 
 
 @cache

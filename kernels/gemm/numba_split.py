@@ -84,7 +84,7 @@ def compiled(transpose: str, epilogue: str, rows: int, columns: int, by_block: b
     multiply, end = tile(SPLIT, rows, columns, stream=True), finish(Format("fp32", 1), columns, epilogue)
     enter, leave, arguments, fetch = configure(), release(), arguments_of(*ARGUMENTS), touch()
     area, step = rows * columns * 4, rows * ROW * SPLIT.planes
-    lost, repair = spoiled(rows * columns), again(columns, a_along_k, b_along_k)
+    lost, repair = spoiled(), again(columns, a_along_k, b_along_k)
     rows_added = rows if epilogue == "residual" else 0  # a bias is the same for all rows
 
     @job
@@ -118,7 +118,7 @@ def compiled(transpose: str, epilogue: str, rows: int, columns: int, by_block: b
                         multiply(left + (i - begin) * some * rows * PAIR, right, place, some, w, step, ROW)
                         if w + depth >= words:
                             tall, wide = min(rows, m - i * rows), min(columns, n - j * columns)
-                            if lost(place):
+                            if lost(place, rows * columns):
                                 from_a = a + i * rows * (k if a_along_k else 1) * 4
                                 from_b = b + j * columns * (k if b_along_k else 1) * 4
                                 repair(from_a, from_b, place, tall, wide, stride_a, stride_b, k)

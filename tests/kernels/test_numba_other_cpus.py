@@ -108,13 +108,14 @@ def run_tiles() -> None:
             text = f"gemm[m=33,n=70,k=290,transpose={transpose},fp32]"
             special.agree(text, config, special._product, value, "numba_split")
         run_range(config)
-    for tile in ("32x16", "16x32"):
-        heads: Config = {"tile": tile, "block_k": 64, "query_tiles": 2, "multiply": "amx"}
-        problems = shapes.drawn(2 * SHAPES, shapes.attention_shapes("bf16"))
-        shapes.race_shapes(problems, lambda problem, heads=heads: heads)
-    for value in special.VALUES:
-        for change in (special._queries, special._keys, special._values):
-            special.agree(f"{special.HEADS},bf16]", heads, change, value)
+    for precision, tiles in (("bf16", ("32x16", "16x32")), ("fp32", ("16x48", "16x32", "16x16"))):
+        for tile in tiles:
+            heads: Config = {"tile": tile, "block_k": 64, "query_tiles": 2, "multiply": "amx"}
+            problems = shapes.drawn(2 * SHAPES, shapes.attention_shapes(precision))
+            shapes.race_shapes(problems, lambda problem, heads=heads: heads)
+        for value in special.VALUES:
+            for change in (special._queries, special._keys, special._values):
+                special.agree(f"{special.HEADS},{precision}]", heads, change, value)
 
 
 def run_vectors(name: str) -> None:

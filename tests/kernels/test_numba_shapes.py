@@ -120,4 +120,7 @@ def test_attention() -> None:
     problems = drawn(SHAPES, attention_shapes("fp32"))
     assert any(p.flag("causal") and p["sq"] > p["sk"] for p in problems)
     tile = registry.impl("attention/numba").load().SPACE.axes["tile"][0]
-    race_shapes(problems, lambda problem: {"tile": tile, "block_k": 32, "query_tiles": 1 + problem["sq"] % 2})
+    race_shapes(
+        problems,
+        lambda problem: {"tile": tile, "block_k": 32, "query_tiles": 1 + problem["sq"] % 2, "multiply": "widen"},
+    )
