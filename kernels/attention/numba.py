@@ -28,7 +28,7 @@ TILES = {  # rows (keys, or columns of v) x queries of the register tile, by lan
     4: ("4x12", "6x8", "4x8", "8x4"),
 }
 AMX_TILES = ("16x32", "32x16", "32x32", "16x16")
-SPLIT_TILES = ("16x32", "16x48", "16x16")  # a tile of keys or values takes three registers for its parts
+SPLIT_TILES = ("16x32", "32x16", "16x16")
 AGAIN = 8  # rows of the tile for what `numba_split` cannot multiply
 
 
@@ -50,8 +50,9 @@ def _default(problem: Problem) -> Config:
             "query_tiles": 32,
             "multiply": "amx",
         }
-    if dtype == "fp32" and _amx_tiles(dtype) and not few:  # 268 queries: 16x16 1.08 times as fast; 512: 0.95
-        return {"tile": "16x32" if lanes > 384 else "16x16", "block_k": 128, "query_tiles": 32, "multiply": "amx"}
+    if dtype == "fp32" and _amx_tiles(dtype) and not few:
+        # 16x16: at 268 queries 1.08 times as fast (1.18 where the matrix unit is shared), 512 0.95 (1.07), 2048 0.9
+        return {"tile": "16x32" if lanes > 512 else "16x16", "block_k": 128, "query_tiles": 32, "multiply": "amx"}
     return {
         "tile": tiles[-2] if few else tiles[0],
         "block_k": 128 if vector_width() == 16 else 256,  # 16: 1.02 to 1.04 times as fast; others not measured
@@ -66,8 +67,8 @@ SPACE = Space(
         "block_k": (32, 64, 96, 128, 192, 256, 512),  # keys whose scores are held at once
         "query_tiles": (1, 2, 4, 8, 16, 32, 64),  # tiles of queries that share a packed block of k and v
         # of both products. dot: vdpbf16ps, with probabilities rounded to bf16 (on Intel half as fast as fp32); amx:
-        # tdpbf16ps, likewise, and six of them for one product of fp32 (1.3 to 1.9 times as fast as FMA on a Xeon, 1.0
-        # to 1.2 in spells in which the matrix unit is shared)
+        # tdpbf16ps, likewise, and six of them for one product of fp32 (1.4 to 1.9 times as fast as FMA on a Xeon, 1.1
+        # to 1.3 in spells in which the matrix unit is shared)
         "multiply": ("widen", "dot", "amx"),
     },
     where=(

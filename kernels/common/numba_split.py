@@ -5,9 +5,9 @@ smallest are left out: together they are below 2^-23 of |a b|, as much as one ro
 (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
 computations", 2019, which calls it bf16x3 with six products; cuBLAS calls nine of them BF16x9.)
 
-AMX counts subnormal numbers as 0, and a number that bf16 rounds to infinity has no parts. So a number of 2^-110 or
-less (whose last part would be subnormal) and one above the largest bf16, infinity and NaN among them, is packed as NaN:
-it spoils the sums it is part of, which are then computed again from the numbers as given (`spoiled`).
+AMX counts subnormal numbers as 0, and a number that bf16 rounds to infinity has no parts. So a number below 2^-110
+(whose last part may be subnormal) other than 0, and one above the largest bf16, infinity and NaN among them, is packed
+as NaN: it spoils the sums it is part of, which are then computed again from the numbers as given (`spoiled`).
 """
 
 from __future__ import annotations

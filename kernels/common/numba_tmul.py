@@ -34,9 +34,9 @@ def _spell(e: Emit) -> bool:
     return "amx-tile" not in e.instructions
 
 
-# for a number of parts: (part of b, parts of a that it is multiplied with), small products first; part i of a is used
-# for the first time with the i-th of these
-PARTS = {1: ((0, (0,)),), 3: ((2, (0,)), (1, (1, 0)), (0, (2, 1, 0)))}
+# for a number of parts: the parts of b and of a whose products are summed, the largest last; from one to the next one
+# of the two stays, so that few registers do with few loads
+PARTS = {1: ((0, 0),), 3: ((2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0))}
 
 
 @cache
@@ -142,9 +142,10 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
     """
     high, wide = rows // SIDE, columns // SIDE
     sums = [[i * wide + j for j in range(wide)] for i in range(high)]  # numbers of tiles
-    left = [[high * (wide + part) + i for i in range(high)] for part in range(form.planes)]
-    right = high * (wide + form.planes)  # one for all of b
-    if right >= TILES:
+    left = [high * wide + i for i in range(high)]
+    # one for all of b; one for each of its tiles if they stay for another part of a
+    right = [high * (wide + 1) + (j if form.planes > 1 else 0) for j in range(wide)]
+    if right[-1] >= TILES:
         raise ValueError(f"a tile of {rows}x{columns} takes more than {TILES} of AMX")
 
     def emit(
@@ -179,21 +180,18 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
         def step(word: Value, _: State) -> State:
             base = b.add(a, b.mul(b.lshr(word, e.index(4)), step_a))  # 2^4 is SIDE
             beside = b.add(b_panel, b.mul(word, e.index(columns * WORD * form.planes)))
-            for turn, (right_part, left_parts) in enumerate(PARTS[form.planes]):
+            before: tuple[int, int] = (-1, -1)
+            for turn in PARTS[form.planes]:
                 for j in range(wide):
-                    place = b.add(beside, e.index((right_part * SIDE * columns + j * SIDE) * WORD))
-                    move("tileloaddt164" if stream else "tileloadd64", right, place, e.index(columns * WORD))
-                    for part in left_parts:
-                        for i in range(high):
-                            if j == 0 and part == turn:
-                                start = b.add(base, e.index(part * rows * ROW))
-                                move(
-                                    "tileloadd64",
-                                    left[part][i],
-                                    b.add(start, b.mul(stride_a, e.index(i * SIDE))),
-                                    stride_a,
-                                )
-                            call(PRODUCT[form.dtype], sums[i][j], left[part][i], right)
+                    if turn[0] != before[0]:
+                        place = b.add(beside, e.index((turn[0] * SIDE * columns + j * SIDE) * WORD))
+                        move("tileloaddt164" if stream else "tileloadd64", right[j], place, e.index(columns * WORD))
+                    for i in range(high):
+                        if j == 0 and turn[1] != before[1]:
+                            start = b.add(base, e.index(turn[1] * rows * ROW))
+                            move("tileloadd64", left[i], b.add(start, b.mul(stride_a, e.index(i * SIDE))), stride_a)
+                        call(PRODUCT[form.dtype], sums[i][j], left[i], right[j])
+                before = turn
             return []
 
         e.branch(b.icmp_signed("!=", add, e.index(0)), loads, zeros)
@@ -255,15 +253,14 @@ def _spelled(e: Emit, form: Format, rows: int, columns: int, arguments: State) -
                 left = b.add(b.add(a, b.mul(b.lshr(word, e.index(4)), step_a)), b.mul(i, stride_a))
                 right = b.add(b_panel, e.offset(e.index(first * WORD), word, columns * WORD * form.planes))
                 total = state[0]
-                for right_part, left_parts in PARTS[form.planes]:
-                    for part in left_parts:
-                        xs, ys = [], []
-                        for w in range(SIDE):
-                            x = e.load_raw(b.add(left, e.index(part * rows * ROW + w * WORD)), I32, WORD)
-                            xs.append(e.broadcast(x, SIDE))
-                            place = b.add(right, e.index((right_part * SIDE + w) * columns * WORD))
-                            ys.append(e.load_raw(place, e.ints, WORD))
-                        total = dot(e, total, xs, ys)
+                for right_part, left_part in PARTS[form.planes]:
+                    xs, ys = [], []
+                    for w in range(SIDE):
+                        x = e.load_raw(b.add(left, e.index(left_part * rows * ROW + w * WORD)), I32, WORD)
+                        xs.append(e.broadcast(x, SIDE))
+                        place = b.add(right, e.index((right_part * SIDE + w) * columns * WORD))
+                        ys.append(e.load_raw(place, e.ints, WORD))
+                    total = dot(e, total, xs, ys)
                 return [total]
 
             _, total = e.loop(e.index(0), words, SIDE, start, step)

@@ -38,7 +38,7 @@ def _default(problem: Problem) -> Config:
 
 SPACE = Space(
     axes={
-        "tile": ("16x32", "16x48"),
+        "tile": ("16x32", "32x16", "16x16"),
         "block_m": (128, 256, 512, 1024),  # rows of a packed at a time
         "block_n": (128, 256, 512, 4096),  # columns of b that they are multiplied with before the next rows
         "block_k": (128, 256, 512, 1024),  # numbers of k before sums go to memory and back
@@ -132,10 +132,10 @@ def compiled(transpose: str, epilogue: str, rows: int, columns: int, by_block: b
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], a, b[, bias or residual]), all contiguous, stored as the flag transpose says.
 
-    Loops as in `gemm/numba`. A panel of a of 16 rows needs three tiles for its parts and one for all of b. Tiles of
-    16x32 from the L2 cache do 300 GFLOP/s on a virtual Xeon, FMA 128 (141 and 110 in spells in which the matrix unit
-    is shared). A register tile of sums that is not finite is computed again from the numbers as given, at less than a
-    hundredth of the rate: whole operands of infinities, or below 2^-110, take that long.
+    Loops as in `gemm/numba`. Register tiles of 16x32 do 240 GFLOP/s from the L2 cache on a virtual Xeon, those of 16x16
+    205 and FMA 123; in spells in which the matrix unit is shared 122, 139 and 108. A tile of sums that is not finite is
+    computed again from the numbers as given, at a fiftieth of that: so long take whole operands of infinities, or of
+    numbers below 2^-110.
 
     Raises:
         UsageError: this CPU has no AMX, or its system does not let a process use it.

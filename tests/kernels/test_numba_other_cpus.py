@@ -54,7 +54,7 @@ TILES = (  # of products by AMX: precision, transpose, epilogue, config
 
 SPLIT = (  # of fp32 by AMX: transpose, epilogue, config
     ("nn", "none", {"tile": "16x32", "block_m": 128, "block_n": 4096, "block_k": 128, "pack_b": "whole"}),
-    ("tt", "bias_gelu", {"tile": "16x48", "block_m": 128, "block_n": 128, "block_k": 128, "pack_b": "block"}),
+    ("tt", "bias_gelu", {"tile": "32x16", "block_m": 128, "block_n": 128, "block_k": 128, "pack_b": "block"}),
     ("nt", "residual", {"tile": "16x32", "block_m": 128, "block_n": 4096, "block_k": 256, "pack_b": "whole"}),
     ("tn", "bias_relu", {"tile": "16x32", "block_m": 128, "block_n": 128, "block_k": 128, "pack_b": "block"}),
 )
@@ -108,7 +108,7 @@ def run_tiles() -> None:
             text = f"gemm[m=33,n=70,k=290,transpose={transpose},fp32]"
             special.agree(text, config, special._product, value, "numba_split")
         run_range(config)
-    for precision, tiles in (("bf16", ("32x16", "16x32")), ("fp32", ("16x48", "16x32", "16x16"))):
+    for precision, tiles in (("bf16", ("32x16", "16x32")), ("fp32", ("32x16", "16x32", "16x16"))):
         for tile in tiles:
             heads: Config = {"tile": tile, "block_k": 64, "query_tiles": 2, "multiply": "amx"}
             problems = shapes.drawn(2 * SHAPES, shapes.attention_shapes(precision))
