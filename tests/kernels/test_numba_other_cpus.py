@@ -79,6 +79,26 @@ def run_range(config: Config) -> None:
     assert bool((error <= 1e-6 * scale + 290 * 2.0**-149).all()), (error / scale).max()  # sums may be subnormal
 
 
+def run_small_heads(config: Config) -> None:
+    """The same in attention: one head's values are too small for AMX, and one of another's keys."""
+    import test_numba_special as special
+    import torch
+
+    from rooftune import check, registry
+
+    problem = registry.problem(f"{special.HEADS},fp32]")
+    op, module = registry.op("attention"), registry.impl("attention/numba").load()
+    q, k, v = op.inputs(problem, check.generator("cpu", 5))
+    v[0, 0] *= 2.0**-118
+    k[0, 1, 3, 2] = 2.0**-120
+    out = torch.full(q.shape, 9.0)
+    module.build(problem, config)(out, q, k, v)
+    keys, values = (x.double().repeat_interleave(2, dim=1) for x in (k, v))  # two heads share them
+    weights = torch.softmax(q.double() @ keys.mT / problem["d"] ** 0.5, dim=-1)
+    error, scale = (out.double() - weights @ values).abs(), weights @ values.abs()
+    assert bool((error <= 3e-6 * scale).all()), (error / scale).max()
+
+
 def run_tiles() -> None:
     """What AMX is used for, on ragged shapes of more than one block of k, and special values."""
     import test_numba_shapes as shapes
@@ -116,6 +136,7 @@ def run_tiles() -> None:
         for value in special.VALUES:
             for change in (special._queries, special._keys, special._values):
                 special.agree(f"{special.HEADS},{precision}]", heads, change, value)
+    run_small_heads(heads)
 
 
 def run_vectors(name: str) -> None:
