@@ -182,8 +182,8 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
         for t in range(begin_tile, end_tile):
             first = t * queries
             sums = own + (t - begin_tile) * each + words * planes * queries * 4
-            if split and lost(sums + queries * 4, (KEPT - 1 + d) * queries):  # totals, the last keys (small), output
-                call(again, given, task, slot)
+            if split and (lost(sums + queries * 4, queries) or lost(sums + KEPT * queries * 4, d * queries)):
+                call(again, given, task, slot)  # a total or a number of the output is not finite
                 return
             finish(sums, d, out + (head * count + first) * d * item, min(queries, count - first))
 
