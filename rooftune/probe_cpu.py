@@ -254,7 +254,7 @@ def _tiles(precision: str, threads: int, samples: int) -> Entry:
 
 
 def _split(bf16: Entry) -> Entry:
-    """fp32 products as six of bf16 each (`gemm/numba_split`): a sixth of that rate, which may exceed that of FMA."""
+    """fp32 products as six of bf16 (a number is the sum of three): a sixth of that rate, which may exceed FMA's."""
     if not bf16["value"]:
         return bf16
     return {
