@@ -21,9 +21,8 @@ def _flushed(e: Emit, value: Value) -> Value:
 
 def _halves(e: Emit, word: Value) -> tuple[Value, Value]:
     """The two bf16 of every word, the upper first."""
-    b = e.builder
-    upper, lower = b.and_(word, e.int_splat(0xFFFF0000)), b.shl(word, e.int_splat(16))
-    return _flushed(e, b.bitcast(upper, e.vector)), _flushed(e, b.bitcast(lower, e.vector))
+    lower, upper = e.widen_pairs(word)
+    return _flushed(e, upper), _flushed(e, lower)
 
 
 def bf16_pairs(e: Emit, total: Value, x: Value, y: Value) -> Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from numba import types
 
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
-from rooftune.kernels.common.numba import F32, ITEM, Chunk, Emit, State, Value, intrinsic, threads
+from rooftune.kernels.common.numba import F32, ITEM, LINE, Chunk, Emit, State, Value, intrinsic, threads
 from rooftune.kernels.common.numba_cpu import require, vector_width
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
 from rooftune.kernels.layernorm import EPS
@@ -26,18 +26,21 @@ SHORT = 512  # columns of a row whose sums across lanes take longer than its vis
 
 def _default(problem: Problem) -> Config:
     large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
-    several = problem["n"] <= SHORT
-    if (
-        vector_width() == 16 and large
-    ):  # four streams of memory: 1.17 times as fast beyond the caches; others not measured
-        several |= 4 * problem["n"] * ITEM[problem.precision] <= NEAR
+    short, near = problem["n"] <= SHORT, 4 * problem["n"] * ITEM[problem.precision] <= NEAR
+    # beyond the caches 1.16 to 1.24 times as fast, at 256 columns 0.94; CPUs with narrower vectors were not measured
+    abreast = large and not short and near and _lines(problem) and vector_width() == 16
     return {
-        "unroll": 2 if several else 8,
-        "rows": 4 if several else 1,
+        "unroll": 2 if short or abreast else 8,
+        "rows": 4 if short or abreast else 1,
         "tasks_per_thread": 4,  # what a slow thread leaves is taken over; 1, 2, 4 and 8 are equal on two even cores
-        "store": "stream" if large else "cached",
+        "store": "abreast" if abreast else "stream" if large else "cached",
         "prefetch": "next",
     }
+
+
+def _lines(problem: Problem) -> bool:
+    """Whether rows are whole cache lines, so that all begin at the same place of one."""
+    return problem["n"] * ITEM[problem.precision] % LINE == 0
 
 
 SPACE = Space(
@@ -45,33 +48,21 @@ SPACE = Space(
         "unroll": (1, 2, 4, 8),  # independent vectors of a row in flight
         "rows": (1, 2, 4),  # rows at once: one's sums across lanes hide behind another's, and so does memory
         "tasks_per_thread": (1, 2, 4, 8),
-        "store": ("cached", "stream"),  # stream: past the caches, which pays for outputs larger than these
-        "prefetch": ("none", "next"),  # next: the rows that follow, while the variance is computed
+        # stream: past the caches, which pays for outputs larger than these; abreast: of all rows at once, and the next
+        # ones are read meanwhile, as memory copies do with pages (the C library's)
+        "store": ("cached", "stream", "abreast"),
+        "prefetch": ("none", "next"),  # next: the rows that follow, while the variance is computed, or results written
     },
-    where=(lambda config, problem: config["rows"] * config["unroll"] <= 8,),
+    where=(
+        lambda config, problem: config["rows"] * config["unroll"] <= 8,
+        lambda config, problem: config["store"] != "abreast" or (config["rows"] > 1 and _lines(problem)),
+    ),
     default=_default,
 )
 
 
-def _halves(e: Emit, word: Value) -> list[Value]:
-    """The two bf16 of every 4 bytes, as fp32."""
-    b, bits = e.builder, e.builder.bitcast(word, e.ints)
-    return [b.bitcast(x, e.vector) for x in (b.shl(bits, e.int_splat(16)), b.and_(bits, e.int_splat(0xFFFF0000)))]
-
-
-def _joined(e: Emit, values: State) -> Value:
-    """Two vectors of fp32 as the bf16 of every 4 bytes, rounded to nearest even; NaNs have no bits to carry."""
-    b, rounded = e.builder, []
-    for value in values:
-        bits = b.bitcast(value, e.ints)
-        odd = b.and_(b.lshr(bits, e.int_splat(16)), e.int_splat(1))
-        rounded.append(b.add(bits, b.add(odd, e.int_splat(0x7FFF))))
-    low, high = b.lshr(rounded[0], e.int_splat(16)), b.and_(rounded[1], e.int_splat(0xFFFF0000))
-    return b.bitcast(b.or_(low, high), e.vector)
-
-
 @cache
-def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahead: bool, pairs: bool) -> Any:
+def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, store: str, ahead: bool, pairs: bool) -> Any:
     """Numba function (x, weight, bias, out, n): some rows. Addresses; bias is not read if rms.
 
     The mean, then the mean of squared distances from it (the row is in the L1 cache by then), then the
@@ -89,7 +80,7 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahea
         xs, outs = ([e.offset(base, b.mul(n, e.index(r)), ITEM[stored]) for r in every] for base in (x, out))
 
         def load(chunk: Chunk, base: Value) -> list[Value]:
-            return _halves(e, chunk.load(base, stored)) if pairs else [chunk.load(base, stored)]
+            return e.widen_pairs(chunk.load(base, stored)) if pairs else [chunk.load(base, stored)]
 
         def means(term: Callable[[Chunk, int, Value], Value]) -> list[Value]:
             """For each row the mean of term(chunk, row, sum so far) - sum."""
@@ -109,10 +100,13 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahea
         def centred(chunk: Chunk, r: int) -> list[Value]:
             return [part if rms else b.fsub(part, centres[r]) for part in load(chunk, xs[r])]
 
+        def fetch(chunk: Chunk, r: int) -> None:
+            following = b.add(chunk.at, b.mul(n, e.index(rows)))
+            e.prefetch(e.offset(xs[r], following, ITEM[stored]))
+
         def square(chunk: Chunk, r: int, total: Value) -> Value:
-            if ahead:
-                following = b.add(chunk.at, b.mul(n, e.index(rows)))
-                e.prefetch(e.offset(xs[r], following, ITEM[stored]))
+            if ahead and store != "abreast":
+                fetch(chunk, r)
             for part in centred(chunk, r):
                 distance = chunk.only_new(part)
                 total = e.fma(distance, distance, total)
@@ -123,41 +117,48 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahea
             root = e.call("llvm.sqrt.f32", F32, [b.fadd(mean, ir.Constant(F32, EPS))])
             scales.append(e.splat(b.fdiv(ir.Constant(F32, 1.0), root)))
 
-        for r in every:  # row by row: stores past the caches have to fill whole lines
-
-            def normalise(chunk: Chunk, r: int, stream: bool) -> State:
-                values, factors = [b.fmul(part, scales[r]) for part in centred(chunk, r)], load(chunk, weight)
+        def normalise(chunk: Chunk, some: Sequence[int], stream: bool) -> State:
+            factors, added = load(chunk, weight), [] if rms else load(chunk, bias)
+            for r in some:
+                if ahead and store == "abreast":
+                    fetch(chunk, r)
+                values = [b.fmul(part, scales[r]) for part in centred(chunk, r)]
                 if rms:
                     values = [b.fmul(*given) for given in zip(values, factors, strict=True)]
                 else:
-                    values = [e.fma(*given) for given in zip(values, factors, load(chunk, bias), strict=True)]
-                value = _joined(e, values) if pairs else values[0]
+                    values = [e.fma(*given) for given in zip(values, factors, added, strict=True)]
+                value = e.narrow_pairs(values) if pairs else values[0]
                 chunk.store(value, outs[r], stored, stream, short_nans=True)
+            return []
+
+        # past the caches, lines have to be filled whole: rows abreast all begin at the same place of one
+        for some in [every] if store == "abreast" else [[r] for r in every]:
+
+            def cached(some: Sequence[int] = some) -> State:
+                e.row(n, [], lambda chunk, _: normalise(chunk, some, False), unroll)
                 return []
 
-            def cached(r: int = r) -> State:
-                e.row(n, [], lambda chunk, _: normalise(chunk, r, False), unroll)
+            def streamed(some: Sequence[int] = some) -> State:
+                begin = e.to_aligned(outs[some[0]], stored)
+                e.row(n, [], lambda chunk, _: normalise(chunk, some, True), unroll, begin)
                 return []
 
-            def streamed(r: int = r) -> State:
-                begin = e.to_aligned(outs[r], stored)
-                e.row(n, [], lambda chunk, _: normalise(chunk, r, True), unroll, begin)
-                return []
-
-            if stream and pairs:  # a word that begins at an odd element never comes to the beginning of a line
-                odd = b.and_(outs[r], e.index(ITEM[stored] - 1))
+            if (
+                store != "cached" and pairs
+            ):  # a word that begins at an odd element never comes to the beginning of a line
+                odd = b.and_(outs[some[0]], e.index(ITEM[stored] - 1))
                 e.branch(b.icmp_signed("==", odd, e.index(0)), streamed, cached)
             else:
-                (streamed if stream else cached)()
+                (cached if store == "cached" else streamed)()
 
     return intrinsic([types.int64] * 5, emit)
 
 
 @cache
-def compiled(dtype: str, rms: bool, unroll: int, rows: int, stream: bool, ahead: bool, pairs: bool) -> Job:
+def compiled(dtype: str, rms: bool, unroll: int, rows: int, store: str, ahead: bool, pairs: bool) -> Job:
     """One of `tasks` equal parts of the rows."""
-    several, item = row_kernel(dtype, rms, unroll, rows, stream, ahead, pairs), ITEM[dtype]
-    single, arguments = row_kernel(dtype, rms, unroll, 1, stream, ahead, pairs), arguments_of(*ARGUMENTS)
+    several, item = row_kernel(dtype, rms, unroll, rows, store, ahead, pairs), ITEM[dtype]
+    single, arguments = row_kernel(dtype, rms, unroll, 1, store, ahead, pairs), arguments_of(*ARGUMENTS)
 
     @job
     def part(given, task, _):  # type: ignore[no-untyped-def]
@@ -177,10 +178,10 @@ def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], x: [m, n], weight: [n], bias: [n]), no bias with the flag rms; all contiguous."""
     require(problem.precision)
     m, n, rms = problem["m"], problem["n"], bool(problem.flag("rms"))
-    streams, ahead = config["store"] == "stream", config["prefetch"] == "next"
+    ahead = config["prefetch"] == "next"
     tasks = min(m, threads() * config["tasks_per_thread"])
     pairs = problem.precision == "bf16" and n % 2 == 0
-    part = compiled(problem.precision, rms, config["unroll"], config["rows"], streams, ahead, pairs)
+    part = compiled(problem.precision, rms, config["unroll"], config["rows"], config["store"], ahead, pairs)
     kernel = parallel(ARGUMENTS, (part, tasks))
 
     def run(out: Any, x: Any, weight: Any, bias: Any = None) -> None:
