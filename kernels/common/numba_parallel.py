@@ -78,7 +78,7 @@ def call(context: Any, function: Any, arguments: Any, task: Any, slot: Any) -> A
 
 
 @intrinsic
-def _write(context: Any, address: Any, value: Any) -> Any:
+def write(context: Any, address: Any, value: Any) -> Any:
     """Write a word."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
@@ -134,12 +134,12 @@ def _run(steps: Any, count: Any, arguments: Any, frame: Any) -> None:
     """
     for number in range(count):
         function, tasks, slots = _step(steps + 3 * WORD * number)
-        _write(frame, function)
-        _write(frame + WORD, tasks)
-        _write(frame + 2 * WORD, slots)
-        _write(frame + 3 * WORD, arguments)
+        write(frame, function)
+        write(frame + WORD, tasks)
+        write(frame + 2 * WORD, slots)
+        write(frame + 3 * WORD, arguments)
         for slot in range(slots):
-            _write(frame + LINE * (1 + slot), slot * tasks // slots)
+            write(frame + LINE * (1 + slot), slot * tasks // slots)
         if slots == 1:
             _work(frame, 0)
         else:

@@ -12,20 +12,26 @@ as NaN: it spoils the sums it is part of, which are then computed again from the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numba
 from llvmlite import ir
 from numba.core import types
 
-from rooftune.kernels.common.numba import F32, I32, Emit, State, Value, intrinsic
+from rooftune.kernels.common.numba import I32, Emit, State, Value, intrinsic
 from rooftune.kernels.common.numba_dot import round_pairs
-from rooftune.kernels.common.numba_tile import WORD, transpose
-from rooftune.kernels.common.numba_tmul import FORMATS, ROW, SIDE
+from rooftune.kernels.common.numba_tile import WORD, Format, pack_panels, transpose
+from rooftune.kernels.common.numba_tile import pack as pack_words
+from rooftune.kernels.common.numba_tile import tile as fma_tile
+from rooftune.kernels.common.numba_tmul import FORMATS, ROW, SIDE, tile
 
 SPLIT = FORMATS["fp32"]
 SMALLEST, LARGEST = 0x08800000, 0x7F7F8000  # bits of 2^-110, and of the smallest number that bf16 rounds to infinity
 ITEM = 4  # bytes
+DEEP, SPLIT_ROW = 2 * SIDE, SPLIT.planes * ROW  # numbers of k of a tile, bytes of its rows
+AGAIN = 512  # numbers of k at a time of what is computed again
 
 
 def parts(e: Emit, first: Value, second: Value, known: bool = False) -> list[Value]:
@@ -58,6 +64,35 @@ def _spoils(e: Emit, value: Value) -> Value:
     return b.and_(outside, b.icmp_unsigned("!=", size, e.int_splat(0)))
 
 
+def lines(e: Emit, source: Value, along_k: bool, valid: Value, stride: Value, k: Value) -> Callable[..., Value]:
+    """f(i, j) -> 16 numbers from (i, j) on, in the direction that is contiguous, as `pack` says; those outside are 0.
+
+    inside: none is outside.
+    """
+    b, lanes = e.builder, ir.Constant(e.ints, list(range(SIDE)))
+
+    def line(i: Value, j: Value, inside: bool = False) -> Value:
+        if inside:
+            across, start = (i, j) if along_k else (j, i)
+            return e.load_raw(e.offset(source, b.add(b.mul(across, stride), start), ITEM), e.vector, ITEM)
+        return masked(i, j)
+
+    def masked(i: Value, j: Value) -> Value:
+        start, end, across, most = (j, k, i, valid) if along_k else (i, valid, j, k)
+        there, inside = b.icmp_signed("<", across, most), b.sub(end, start)
+        if along_k:
+            across = b.select(there, across, b.sub(valid, e.index(1)))
+        else:
+            inside = b.select(there, inside, e.index(0))
+        some = e.broadcast(b.trunc(inside, I32), SIDE)  # a share of a matrix: fits 32 bits
+        address = e.offset(source, b.add(b.mul(across, stride), start), ITEM)
+        place = b.inttoptr(address, e.vector.as_pointer())
+        mask = b.icmp_signed("<", lanes, some)
+        return e.call("llvm.masked.load.v16f32.p0", e.vector, (place, ir.Constant(I32, ITEM), mask, e.splat(0.0)))
+
+    return line
+
+
 @cache
 def pack(size: int, along_k: bool, left: bool, stream: bool = False) -> Any:
     """Numba function (source, target, valid, stride, k): pack one panel of `size` rows, a multiple of 16.
@@ -70,22 +105,7 @@ def pack(size: int, along_k: bool, left: bool, stream: bool = False) -> Any:
 
     def emit(e: Emit, source: Value, target: Value, valid: Value, stride: Value, k: Value) -> None:
         b, deep, plane = e.builder, 2 * SIDE, size * ROW
-        lanes = ir.Constant(e.ints, list(range(SIDE)))
-
-        def line(i: Value, j: Value) -> Value:
-            """16 numbers from (i, j) on, in the direction that is contiguous; those outside are 0."""
-            start, end, across, most = (j, k, i, valid) if along_k else (i, valid, j, k)
-            there, inside = b.icmp_signed("<", across, most), b.sub(end, start)
-            if along_k:
-                across = b.select(there, across, b.sub(valid, e.index(1)))
-            else:
-                inside = b.select(there, inside, e.index(0))
-            some = e.broadcast(b.trunc(inside, I32), SIDE)  # a share of a matrix: fits 32 bits
-            address = e.offset(source, b.add(b.mul(across, stride), start), ITEM)
-            place = b.inttoptr(address, e.vector.as_pointer())
-            mask = b.icmp_signed("<", lanes, some)
-            kind = (place, ir.Constant(I32, ITEM), mask, e.splat(0.0))
-            return e.call("llvm.masked.load.v16f32.p0", e.vector, kind)
+        line = lines(e, source, along_k, valid, stride, k)
 
         def store(words: State, place: Value) -> None:
             for part, word in enumerate(words):
@@ -155,39 +175,74 @@ def spoiled() -> Any:
     return intrinsic([types.int64] * 2, emit, types.int64)
 
 
-@cache
-def again(columns: int, a_along_k: bool, b_along_k: bool) -> Any:
-    """Numba function (a, b, c, height, width, stride_a, stride_b, k): c = a b, one tile, of the numbers as given.
+class Recipe(NamedTuple):
+    """How products of fp32 are made of those of parts, by register tiles: what `recipe` returns.
 
-    Element (i, j) of a lies at a + i * stride_a + j if it is along k, else at a + j * stride_a + i; so do the columns
-    of b. c: [height][columns], written in whole vectors up to `width`. For tiles that are spoiled.
+    Attributes:
+        pack_a, pack_b: Numba functions (source, target, first, stop, count, k, start, numbers): panels `first` to
+            `stop`, of which there are `count` rows (columns) in all; of each, `numbers` of k from `start` on.
+        multiply: Numba function (a, b, c, numbers, add, spare): c (+)= a b of two packed panels, after `configure`;
+            not finite where it has to be computed again; spare: 4 KB.
+        panel: Numba function (rows, numbers): bytes of a packed panel of so many numbers of k.
+        step: numbers of k of a tile.
     """
 
-    def emit(e: Emit, *arguments: Value) -> None:
-        (a, right, c, height, width, stride_a, stride_b, k), b = arguments, e.builder
+    pack_a: Any
+    pack_b: Any
+    multiply: Any
+    panel: Any
+    step: int
 
-        def address(base: Value, i: Value, j: Value, stride: Value, along_k: bool) -> Value:
-            row, column = (i, j) if along_k else (j, i)
-            return e.offset(base, b.add(b.mul(row, stride), column), ITEM)
 
-        def row(i: Value, _: State) -> State:
-            def vector(first: Value, _: State) -> State:
-                last = b.sub(width, e.index(1))
-                own = [b.add(first, e.index(lane)) for lane in range(e.width)]
-                own = [b.select(b.icmp_signed("<", lane, last), lane, last) for lane in own]
+@numba.njit(error_model="numpy")
+def panel(rows: Any, numbers: Any) -> Any:
+    """Bytes of a packed panel."""
+    return (numbers + DEEP - 1) // DEEP * (SPLIT_ROW * rows)
 
-                def step(j: Value, state: State) -> State:
-                    x = e.splat(e.load_raw(address(a, i, j, stride_a, a_along_k), F32, ITEM))
-                    y = e.gather([address(right, lane, j, stride_b, b_along_k) for lane in own], "fp32")
-                    return [e.fma(x, y, state[0])]
 
-                _, sums = e.loop(e.index(0), k, 1, [e.splat(0.0)], step)
-                e.store(sums[0], e.offset(c, b.add(b.mul(i, e.index(columns)), first), ITEM), "fp32")
-                return []
+@cache
+def recipe(rows: int, columns: int, a_along_k: bool, b_along_k: bool, stream: bool) -> Recipe:
+    """Of three bf16. `stream`: b is packed past the caches."""
+    one_a, one_b = pack(rows, a_along_k, left=True), pack(columns, b_along_k, left=False, stream=stream)
+    panels_a, panels_b = pack_panels(one_a, SPLIT, rows, a_along_k), pack_panels(one_b, SPLIT, columns, b_along_k)
+    tiles, step = tile(SPLIT, rows, columns, stream="a"), rows * SPLIT_ROW
 
-            e.loop(e.index(0), e.index(columns), e.width, [], vector)
-            return []
+    @numba.njit(error_model="numpy")
+    def pack_a(source, target, first, stop, count, k, start, numbers):  # type: ignore[no-untyped-def]
+        panels_a(source, target, first, stop, count, k, start // 2, (numbers + DEEP - 1) // DEEP * SIDE)
 
-        e.loop(e.index(0), height, 1, [], row)
+    @numba.njit(error_model="numpy")
+    def pack_b(source, target, first, stop, count, k, start, numbers):  # type: ignore[no-untyped-def]
+        panels_b(source, target, first, stop, count, k, start // 2, (numbers + DEEP - 1) // DEEP * SIDE)
 
-    return intrinsic([types.int64] * 8, emit)
+    @numba.njit(error_model="numpy")
+    def multiply(a, b, c, numbers, add, spare):  # type: ignore[no-untyped-def]
+        tiles(a, b, c, (numbers + DEEP - 1) // DEEP * SIDE, add, step, ROW)
+
+    return Recipe(pack_a, pack_b, multiply, panel, DEEP)
+
+
+@cache
+def again(rows: int, columns: int, a_along_k: bool, b_along_k: bool) -> Any:
+    """Numba function (a, b, c, height, width, stride_a, stride_b, k, spare): c = a b of one tile, by FMA.
+
+    Of the numbers as given: element (i, j) of a lies at a + i * stride_a + j if it is along k, else at
+    a + j * stride_a + i; so do the columns of b. c: [rows][columns]; spare: AGAIN numbers for each row and column.
+    """
+    form, tall = Format("fp32", 1), SIDE // 2  # rows at a time: sums take half of the registers, or all but some
+    left, right = pack_words(form, rows, a_along_k), pack_words(form, columns, b_along_k)
+    multiply = fma_tile(form, tall, columns, panel=rows)
+    row, column = (ITEM if along else 0 for along in (a_along_k, b_along_k))
+    most = AGAIN
+
+    @numba.njit(error_model="numpy")
+    def product(a, b, c, height, width, stride_a, stride_b, k, spare):  # type: ignore[no-untyped-def]
+        other = spare + rows * most * ITEM
+        for at in range(0, k, most):
+            some = min(most, k - at)
+            left(a + at * (row or stride_a * ITEM), spare, height, stride_a, some)
+            right(b + at * (column or stride_b * ITEM), other, width, stride_b, some)
+            for i in range(0, rows, tall):
+                multiply(spare + i * ITEM, other, c + i * columns * ITEM, some, at)
+
+    return product

@@ -8,6 +8,7 @@ instructions' values.
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numba
@@ -22,9 +23,10 @@ SIDE = 16  # rows of a tile, and words in one
 ROW = SIDE * WORD  # bytes
 TILES = 8  # a core has
 PRODUCTS = 4  # at once: a product takes 52 cycles and the next may begin after 16
-PRODUCT = {"fp32": "tdpbf16ps", "bf16": "tdpbf16ps", "int8": "tdpbssd"}
+PRODUCT = {"fp32": "tdpbf16ps", "int32": "tdpbssd"}  # by what is added up
 FORMATS = {  # no 128 added to int8: both operands are signed
     "fp32": Format("fp32", 2, planes=3),  # `numba_split`
+    "fixed": Format("fp32", 4, "int32", planes=3),  # `numba_fixed`
     "bf16": Format("bf16", 2),
     "int8": Format("int8", 4, "int32"),
 }
@@ -34,9 +36,21 @@ def _spell(e: Emit) -> bool:
     return "amx-tile" not in e.instructions
 
 
-# for a number of parts: the parts of b and of a whose products are summed, the largest last; from one to the next one
-# of the two stays, so that few registers do with few loads
-PARTS = {1: ((0, 0),), 3: ((2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0))}
+def _registers(e: Emit, name: str, *numbers: int) -> None:
+    """An instruction on tiles by their numbers."""
+    e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, x) for x in numbers])
+
+
+# six of the nine products of the three parts of b and of a, the largest last: from one to the next one of the two stays,
+# so that few registers do with few loads
+SIX = ((2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0))
+Turn = tuple[int, int, int]  # planes of b and of a that are multiplied, and the sum that the product is added to
+
+
+def turns(form: Format) -> list[Turn]:
+    """Of a step of k. Digits of one weight have a sum of their own."""
+    pairs = SIX if form.planes > 1 else SIX[-1:]
+    return [(right, left, right + left if form.accumulator == "int32" else 0) for right, left in pairs]
 
 
 @cache
@@ -127,26 +141,29 @@ def pack(form: Format, size: int, along_k: bool) -> Any:
 
 
 @cache
-def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
+def tile(form: Format, rows: int, columns: int, stream: str = "") -> Any:
     """Numba function (a, b, c, words, add, step, stride): c (+)= a b on one register tile, after `configure`.
 
     a: rows `stride` bytes apart, 16 words of which are `step` bytes from the next 16: `rows * ROW` and ROW where
     it was packed, ROW and the bytes of a row where it lies as given; b: packed [words][columns]; c: [rows][columns] of
-    accumulators, added to if `add` is not 0; words: a multiple of 16. `stream`: b need not stay in the L1 cache, in
-    which a does while panels of b pass by. Numbers in several parts: as `numba_split` packs them, the products of small
-    parts first.
+    accumulators, added to if `add` is not 0; words: a multiple of 16. `stream`: "a" or "b" need not stay in the L1
+    cache, in which the other does while panels of this one pass by. Numbers in several planes: as `numba_split` and
+    `numba_fixed` pack them, the products of small parts first; of the latter c has as many as there are sums.
 
-    All of b goes through one register. On a virtual Xeon, in spells in which the matrix unit alone does a quarter, what
-    counts is how many of the eight are in use: with operands in the L2 cache, a tile of 32x32 does 360 GFLOP/s with
-    eight, 490 with seven, one of 16x32 590 with five and 640 with four (outside of such spells 1400, 1430, 1210, 1200).
+    Where a number is one plane, all of b goes through one register. On a virtual Xeon, in spells in which the matrix
+    unit alone does a quarter, what counts is how many of the eight are in use: with operands in the L2 cache, a tile of
+    32x32 does 360 GFLOP/s with eight, 490 with seven, one of 16x32 590 with five and 640 with four (outside of such
+    spells 1400, 1430, 1210, 1200).
     """
-    high, wide = rows // SIDE, columns // SIDE
-    sums = [[i * wide + j for j in range(wide)] for i in range(high)]  # numbers of tiles
-    left = [high * wide + i for i in range(high)]
+    order = turns(form)
+    high, wide, many = rows // SIDE, columns // SIDE, 1 + max(turn[2] for turn in order)
+    sums = [[[(s * high + i) * wide + j for j in range(wide)] for i in range(high)] for s in range(many)]  # of tiles
+    left = [many * high * wide + i for i in range(high)]
     # one for all of b; one for each of its tiles if they stay for another part of a
-    right = [high * (wide + 1) + (j if form.planes > 1 else 0) for j in range(wide)]
+    right = [left[-1] + 1 + (j if form.planes > 1 else 0) for j in range(wide)]
     if right[-1] >= TILES:
         raise ValueError(f"a tile of {rows}x{columns} takes more than {TILES} of AMX")
+    load = {operand: "tileloaddt164" if operand == stream else "tileloadd64" for operand in "ab"}
 
     def emit(
         e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value, step_a: Value, stride_a: Value
@@ -155,22 +172,18 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
             return _spelled(e, form, rows, columns, (a, b_panel, c, words, add, step_a, stride_a))
         b = e.builder
 
-        def call(name: str, *numbers: int) -> None:
-            e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, x) for x in numbers])
-
         def move(name: str, number: int, address: Value, stride: Value) -> None:
             where = b.inttoptr(address, I8.as_pointer())
             e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, number), where, stride])
 
         def every(name: str) -> None:
-            for i in range(high):
-                for j in range(wide):
-                    place = b.add(c, e.index((i * SIDE * columns + j * SIDE) * WORD))
-                    move(name, sums[i][j], place, e.index(columns * WORD))
+            for s, i, j in product(range(many), range(high), range(wide)):
+                place = b.add(c, e.index(((s * rows + i * SIDE) * columns + j * SIDE) * WORD))
+                move(name, sums[s][i][j], place, e.index(columns * WORD))
 
         def zeros() -> State:
-            for number in (x for row in sums for x in row):
-                call("tilezero", number)
+            for number in range(left[0]):
+                _registers(e, "tilezero", number)
             return []
 
         def loads() -> State:
@@ -180,17 +193,17 @@ def tile(form: Format, rows: int, columns: int, stream: bool = False) -> Any:
         def step(word: Value, _: State) -> State:
             base = b.add(a, b.mul(b.lshr(word, e.index(4)), step_a))  # 2^4 is SIDE
             beside = b.add(b_panel, b.mul(word, e.index(columns * WORD * form.planes)))
-            before: tuple[int, int] = (-1, -1)
-            for turn in PARTS[form.planes]:
+            before: Turn = (-1, -1, -1)
+            for turn in order:
                 for j in range(wide):
                     if turn[0] != before[0]:
                         place = b.add(beside, e.index((turn[0] * SIDE * columns + j * SIDE) * WORD))
-                        move("tileloaddt164" if stream else "tileloadd64", right[j], place, e.index(columns * WORD))
+                        move(load["b"], right[j], place, e.index(columns * WORD))
                     for i in range(high):
                         if j == 0 and turn[1] != before[1]:
                             start = b.add(base, e.index(turn[1] * rows * ROW))
-                            move("tileloadd64", left[i], b.add(start, b.mul(stride_a, e.index(i * SIDE))), stride_a)
-                        call(PRODUCT[form.dtype], sums[i][j], left[i], right[j])
+                            move(load["a"], left[i], b.add(start, b.mul(stride_a, e.index(i * SIDE))), stride_a)
+                        _registers(e, PRODUCT[form.accumulator], sums[turn[2]][i][j], left[i], right[j])
                 before = turn
             return []
 
@@ -210,16 +223,13 @@ def products(form: Format) -> Any:
     """
 
     def emit(e: Emit, rounds: Value) -> None:
-        def call(name: str, *numbers: int) -> None:
-            e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, x) for x in numbers])
-
         def each(_: Value, state: State) -> State:
             for number in range(PRODUCTS):
-                call(PRODUCT[form.dtype], number, PRODUCTS, PRODUCTS + 1)
+                _registers(e, PRODUCT[form.accumulator], number, PRODUCTS, PRODUCTS + 1)
             return []
 
         for number in range(PRODUCTS + 2):
-            call("tilezero", number)
+            _registers(e, "tilezero", number)
         e.loop(e.index(0), rounds, 1, [], each)
 
     return intrinsic([types.int64], emit)
@@ -231,40 +241,43 @@ def tile_of_packed(form: Format, rows: int, columns: int) -> Any:
     multiply, step = tile(form, rows, columns), rows * ROW * form.planes
 
     @numba.njit(error_model="numpy")
-    def product(a, b, c, words, add):  # type: ignore[no-untyped-def]
+    def packed(a, b, c, words, add):  # type: ignore[no-untyped-def]
         multiply(a, b, c, words, add, step, ROW)
 
-    return product
+    return packed
 
 
 def _spelled(e: Emit, form: Format, rows: int, columns: int, arguments: State) -> None:
     """The same, with vectors: row by row of a tile."""
     (a, b_panel, c, words, add, step_a, stride_a), b = arguments, e.builder
-    dot = numba_dot.int8_sixteen if form.dtype == "int8" else numba_dot.bf16_sixteen
-    kind = e.vector if form.accumulator == "fp32" else e.ints
+    integer, order = form.accumulator == "int32", turns(form)
+    dot, kind = (numba_dot.int8_sixteen, e.ints) if integer else (numba_dot.bf16_sixteen, e.vector)
+    many = 1 + max(turn[2] for turn in order)
 
     def row(i: Value, _: State) -> State:
         for first in range(0, columns, SIDE):
-            place = b.add(c, b.mul(b.add(b.mul(i, e.index(columns)), e.index(first)), e.index(WORD)))
-            before = e.load_raw(place, kind, WORD)
-            start = [b.select(b.icmp_signed("!=", add, e.index(0)), before, ir.Constant(kind, None))]
+            at = b.add(c, b.mul(b.add(b.mul(i, e.index(columns)), e.index(first)), e.index(WORD)))
+            places = [b.add(at, e.index(s * rows * columns * WORD)) for s in range(many)]
+            more = b.icmp_signed("!=", add, e.index(0))
+            start = [b.select(more, e.load_raw(place, kind, WORD), ir.Constant(kind, None)) for place in places]
 
             def step(word: Value, state: State, first: int = first) -> State:
+                sums = list(state)
                 left = b.add(b.add(a, b.mul(b.lshr(word, e.index(4)), step_a)), b.mul(i, stride_a))
                 right = b.add(b_panel, e.offset(e.index(first * WORD), word, columns * WORD * form.planes))
-                total = state[0]
-                for right_part, left_part in PARTS[form.planes]:
+                for right_plane, left_plane, s in order:
                     xs, ys = [], []
                     for w in range(SIDE):
-                        x = e.load_raw(b.add(left, e.index(left_part * rows * ROW + w * WORD)), I32, WORD)
+                        x = e.load_raw(b.add(left, e.index(left_plane * rows * ROW + w * WORD)), I32, WORD)
                         xs.append(e.broadcast(x, SIDE))
-                        place = b.add(right, e.index((right_part * SIDE + w) * columns * WORD))
+                        place = b.add(right, e.index((right_plane * SIDE + w) * columns * WORD))
                         ys.append(e.load_raw(place, e.ints, WORD))
-                    total = dot(e, total, xs, ys)
-                return [total]
+                    sums[s] = dot(e, sums[s], xs, ys)
+                return sums
 
-            _, total = e.loop(e.index(0), words, SIDE, start, step)
-            e.store_raw(total[0], place, WORD)
+            _, sums = e.loop(e.index(0), words, SIDE, start, step)
+            for value, place in zip(sums, places, strict=True):
+                e.store_raw(value, place, WORD)
         return []
 
     e.loop(e.index(0), e.index(rows), 1, [], row)

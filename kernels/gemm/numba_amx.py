@@ -75,7 +75,7 @@ def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int)
     a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
     pack_a = pack_panels(pack_tiles(form, rows, a_along_k), form, rows, a_along_k)
     pack_b = pack_panels(pack(form, columns, b_along_k, deep=SIDE), form, columns, b_along_k)
-    multiply, end = tile(form, rows, columns, stream=True), finish(form, columns, epilogue)
+    multiply, end = tile(form, rows, columns, stream="b"), finish(form, columns, epilogue)
     enter, leave = configure(), release()
     item, steps, area, arguments = ITEM[dtype], form.steps, rows * columns * 4, arguments_of(*ARGUMENTS)
     rows_added = rows if epilogue == "residual" else 0  # a bias is the same for all rows

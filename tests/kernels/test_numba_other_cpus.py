@@ -52,11 +52,17 @@ TILES = (  # of products by AMX: precision, transpose, epilogue, config
 )
 
 
+BLOCKS = {"block_m": 128, "block_n": 128, "block_k": 128, "pack_b": "block"}
+WHOLE = {"block_m": 128, "block_n": 4096, "block_k": 256, "pack_b": "whole"}
 SPLIT = (  # of fp32 by AMX: transpose, epilogue, config
-    ("nn", "none", {"tile": "16x32", "block_m": 128, "block_n": 4096, "block_k": 128, "pack_b": "whole"}),
-    ("tt", "bias_gelu", {"tile": "32x16", "block_m": 128, "block_n": 128, "block_k": 128, "pack_b": "block"}),
-    ("nt", "residual", {"tile": "16x32", "block_m": 128, "block_n": 4096, "block_k": 256, "pack_b": "whole"}),
-    ("tn", "bias_relu", {"tile": "16x32", "block_m": 128, "block_n": 128, "block_k": 128, "pack_b": "block"}),
+    ("nn", "none", {"parts": "bf16", "tile": "16x32", **WHOLE}),
+    ("tt", "bias_gelu", {"parts": "bf16", "tile": "32x16", **BLOCKS}),
+    ("nt", "residual", {"parts": "bf16", "tile": "16x32", **WHOLE}),
+    ("tn", "bias_relu", {"parts": "bf16", "tile": "16x32", **BLOCKS}),
+    ("nn", "residual", {"parts": "int8", "tile": "16x16", **BLOCKS, "block_k": 1024}),
+    ("tt", "none", {"parts": "int8", "tile": "16x16", **WHOLE}),
+    ("nt", "bias_relu", {"parts": "int8", "tile": "16x16", **BLOCKS}),
+    ("tn", "bias_gelu", {"parts": "int8", "tile": "16x16", **WHOLE, "block_k": 1024}),
 )
 
 
@@ -77,6 +83,26 @@ def run_range(config: Config) -> None:
     scale, error = a.double().abs() @ b.double().abs(), (out.double() - a.double() @ b.double()).abs()
     assert bool((out[2, :40] != 0).all())
     assert bool((error <= 1e-6 * scale + 290 * 2.0**-149).all()), (error / scale).max()  # sums may be subnormal
+
+
+def run_uneven(config: Config) -> None:
+    """Numbers whose products have other sizes than the largest of their rows say, in some rows and in all."""
+    import torch
+
+    from rooftune import check, registry
+
+    problem = registry.problem("gemm[m=67,n=70,k=515,fp32]")
+    op, module = registry.op("gemm"), registry.impl("gemm/numba_split").load()
+    generator = check.generator("cpu", 5)
+    powers = 2.0 ** torch.randint(-12, 13, (515,), generator=generator)
+    for rows in (slice(1, 2), slice(3, 67, 2), slice(0, 67)):
+        a, b = op.inputs(problem, generator)
+        a[rows] *= powers
+        b /= powers[:, None]
+        out = torch.full((67, 70), 9.0)
+        module.build(problem, config)(out, a, b)
+        wrong, _ = check.judge(op, problem, out, op.reference(problem, [a, b]), "uneven")
+        assert not wrong, f"{rows}: {wrong}"
 
 
 def run_small_heads(config: Config) -> None:
@@ -128,6 +154,7 @@ def run_tiles() -> None:
             text = f"gemm[m=33,n=70,k=290,transpose={transpose},fp32]"
             special.agree(text, config, special._product, value, "numba_split")
         run_range(config)
+        run_uneven(config)
     for precision, tiles in (("bf16", ("32x16", "16x32")), ("fp32", ("32x16", "16x32", "16x16"))):
         for tile in tiles:
             heads: Config = {"tile": tile, "block_k": 64, "query_tiles": 2, "multiply": "amx"}
@@ -170,6 +197,11 @@ def run_vectors(name: str) -> None:
             2 * SHAPES, lambda size, o=op, p=precision, f=flags: Problem.make(o, p, f, m=5, n=size())
         )
         shapes.race_shapes(problems, lambda problem: rows)
+        if op == "layernorm":
+            problems = shapes.drawn(
+                SHAPES, lambda size, f=flags: Problem.make("layernorm", "fp32", f, m=5, n=size(16, 80))
+            )
+            shapes.race_shapes(problems, lambda problem: {**rows, "store": "abreast"})
     if wide:
         for value in special.VALUES:
             product = "gemm[m=33,n=70,k=90,bf16]"

@@ -87,6 +87,15 @@ def test_layer_norm() -> None:
     race_shapes(problems)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("flags", [{}, {"rms": "1"}], ids=["layer norm", "rms norm"])
+def test_rows_written_abreast(precision: str, flags: dict[str, str]) -> None:
+    rows = drawn(
+        SHAPES // 8, lambda size: Problem.make("layernorm", precision, flags, m=size(), n=size(32, 64, 96, 544))
+    )
+    race_shapes(rows, lambda problem: {"rows": 4, "unroll": 2, "store": "abreast"})
+
+
 PATHS = [
     ("fp32", "nt", {"read_b": "packed", "tile": 0, "block_k": 64, "prefetch": "next"}),
     ("int8", "tt", {"read_b": "packed", "tile": 1, "block_k": 64, "prefetch": "none", "multiply": "widen"}),

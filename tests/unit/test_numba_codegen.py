@@ -88,7 +88,7 @@ def test_a_tile_keeps_its_sums_in_registers(
 
 @pytest.mark.parametrize(("dtype", "instruction"), [("bf16", "tdpbf16ps"), ("int8", "tdpbssd")])
 def test_a_product_of_amx_is_four_tiles_a_step(dtype: str, instruction: str) -> None:
-    code = assembly(tmul.tile(tmul.FORMATS[dtype], 32, 32, stream=True), 7, 16, "sapphirerapids")
+    code = assembly(tmul.tile(tmul.FORMATS[dtype], 32, 32, stream="b"), 7, 16, "sapphirerapids")
     loop = inner_loop(code, instruction)
     assert len(re.findall(rf"\b{instruction}\b", loop)) == 4
     assert len(re.findall(r"\btileloadd\b", loop)) == len(re.findall(r"\btileloaddt1\b", loop)) == 2
@@ -99,12 +99,22 @@ def test_a_product_of_amx_is_four_tiles_a_step(dtype: str, instruction: str) -> 
 
 
 def test_a_product_of_split_fp32_loads_every_part_once_for_each_tile() -> None:
-    code = assembly(tmul.tile(tmul.FORMATS["fp32"], 16, 32, stream=True), 7, 16, "sapphirerapids")
+    code = assembly(tmul.tile(tmul.FORMATS["fp32"], 16, 32, stream="b"), 7, 16, "sapphirerapids")
     loop = inner_loop(code, "tdpbf16ps")
     assert len(re.findall(r"\btdpbf16ps\b", loop)) == 6 * 2
     assert len(re.findall(r"\btileloadd\b", loop)) == 4  # one part comes twice
     assert len(re.findall(r"\btileloaddt1\b", loop)) == 3 * 2
     assert len(set(re.findall(r"%tmm\d", code))) == 5  # sums, one of a and two of b
+
+
+def test_a_product_of_fixed_point_adds_digits_of_one_weight_up_by_themselves() -> None:
+    code = assembly(tmul.tile(tmul.FORMATS["fixed"], 16, 16, stream="a"), 7, 16, "sapphirerapids")
+    loop = inner_loop(code, "tdpbssd")
+    sums = re.findall(r"\btdpbssd\b.*%(tmm\d)\n", loop + "\n")
+    assert sorted(sums.count(name) for name in set(sums)) == [1, 2, 3]
+    assert len(re.findall(r"\btileloadd\b", loop)) == 3
+    assert len(re.findall(r"\btileloaddt1\b", loop)) == 4  # one digit comes twice
+    assert len(set(re.findall(r"%tmm\d", code))) == 5
 
 
 def test_a_tile_that_is_too_large_is_seen_to_spill() -> None:

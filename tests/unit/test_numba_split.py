@@ -136,7 +136,9 @@ def test_panels_hold_the_matrix_and_what_does_no_harm_behind_it(
 
 
 def test_the_six_largest_products_are_those_multiplied() -> None:
-    assert sorted(tmul.PARTS[3]) == [(i, j) for i in range(3) for j in range(3) if i + j < 3]
+    largest = [(i, j) for i in range(3) for j in range(3) if i + j < 3]
+    assert sorted(tmul.turns(split.SPLIT)) == [(i, j, 0) for i, j in largest]
+    assert sorted(tmul.turns(tmul.FORMATS["fixed"])) == [(i, j, i + j) for i, j in largest]
 
 
 @pytest.mark.parametrize("place", [0, 17, 31])
@@ -156,17 +158,18 @@ def test_a_tile_is_spoiled_by_what_is_not_finite(value: float, found: bool, plac
 @pytest.mark.parametrize("a_along_k", [True, False])
 @pytest.mark.parametrize("b_along_k", [True, False])
 def test_a_tile_is_computed_again_from_the_numbers(a_along_k: bool, b_along_k: bool) -> None:
-    again = split.again(32, a_along_k, b_along_k)
+    again, k = split.again(16, 32, a_along_k, b_along_k), split.AGAIN + 9
 
-    @numba.njit("void(int64, int64, int64, int64, int64, int64, int64, int64)")
-    def call(a, b, c, height, width, stride_a, stride_b, k):  # type: ignore[no-untyped-def]
-        again(a, b, c, height, width, stride_a, stride_b, k)
+    @numba.njit("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+    def call(a, b, c, height, width, stride_a, stride_b, k, spare):  # type: ignore[no-untyped-def]
+        again(a, b, c, height, width, stride_a, stride_b, k, spare)
 
-    a, b = torch.randn(11, 9), torch.randn(21, 9)
+    a, b = torch.randn(11, k), torch.randn(21, k)
     a[3, 2] = math.inf
     laid = [x.contiguous() if along else x.t().contiguous() for x, along in ((a, a_along_k), (b, b_along_k))]
-    c = np.full((16, 32), 7.0, np.float32)
-    strides = (9 if a_along_k else 11, 9 if b_along_k else 21)
-    call(laid[0].data_ptr(), laid[1].data_ptr(), c.ctypes.data, 11, 21, *strides, 9)
-    np.testing.assert_allclose(c[:11, :21], (a.double() @ b.double().t()).numpy(), rtol=1e-5, atol=1e-5)
-    assert (c[11:] == 7.0).all()
+    c, spare = np.full((17, 32), 7.0, np.float32), np.full(split.AGAIN * 48 + 16, 7.0, np.float32)
+    strides = (k if a_along_k else 11, k if b_along_k else 21)
+    call(laid[0].data_ptr(), laid[1].data_ptr(), c.ctypes.data, 11, 21, *strides, k, spare.ctypes.data)
+    np.testing.assert_allclose(c[:11, :21], (a.double() @ b.double().t()).numpy(), rtol=1e-5, atol=1e-4)
+    assert (c[16:] == 7.0).all()
+    assert (spare[split.AGAIN * 48 :] == 7.0).all()

@@ -91,7 +91,7 @@ def test_packed_panels_multiply_to_the_product(dtype: str, rows: int, columns: i
         laid = source if along_k else source.t().contiguous()
         packer(pack)(laid, target, len(source), k if along_k else len(source), k)
     sums = np.full((rows, columns), 7, np.int32 if dtype == "int8" else np.float32)
-    multiply = multiplier(form, rows, columns, real, stream=True)
+    multiply = multiplier(form, rows, columns, real, stream="b")
     multiply(a_pack, b_pack, sums, words - 16, 0)  # what was there does not count
     rest = a_pack.reshape(-1)[(words - 16) * rows :], b_pack.reshape(-1)[(words - 16) * columns :]
     multiply(*rest, sums, 16, 1)  # and here it is added to
@@ -124,13 +124,13 @@ def test_rows_of_a_tile_are_16_words_in_a_line() -> None:
 
 
 @pytest.mark.skipif(not HERE, reason="this CPU has no AMX")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fixed", "bf16", "int8"])
 def test_what_is_spelled_out_has_the_bits_of_the_instructions(dtype: str) -> None:
     rng, form = np.random.default_rng(5), tmul.FORMATS[dtype]
-    rows = 16 if form.planes > 1 else 32
-    sizes = (rows, 64 * form.planes), (32, 64 * form.planes)
+    rows, columns, integer = 16 if form.planes > 1 else 32, 16 if dtype == "fixed" else 32, form.accumulator == "int32"
+    sizes = (rows, 64 * form.planes), (columns, 64 * form.planes)
     a, b = (rng.integers(-(2**31), 2**31, size, dtype=np.int64).astype(np.int32) for size in sizes)
-    if dtype != "int8":  # products near the end of the range, subnormal ones, infinities and NaN
+    if not integer:  # products near the end of the range, subnormal ones, infinities and NaN
         for words in (a, b):
             halves = rng.standard_normal((*words.shape, 2)).astype(np.float32)
             halves *= np.float32(2.0) ** rng.integers(-70, 60, halves.shape)
@@ -140,15 +140,16 @@ def test_what_is_spelled_out_has_the_bits_of_the_instructions(dtype: str) -> Non
             words.view(np.uint16).reshape(halves.shape)[:] = halves.view(np.uint32) >> 16
     found = []
     for real in (True, False):
-        c = rng.standard_normal((rows, 32)).astype(np.float32) if not found else found[0][0].copy()
-        before = c.copy()
-        multiplier(form, rows, 32, real)(a, b, c, 64, 1)
+        before = rng.standard_normal((3 if dtype == "fixed" else 1, rows, columns)).astype(np.float32)
+        before = found[0][0].copy() if found else before
+        c = before.copy()
+        multiplier(form, rows, columns, real)(a, b, c, 64, 1)
         found.append((before, c))
     first, second = (c for _, c in found)
-    nan = np.isnan(first) if dtype != "int8" else np.zeros_like(first, bool)
-    assert dtype == "int8" or (0 < nan.sum() < nan.size)
+    nan = np.zeros_like(first, bool) if integer else np.isnan(first)
+    assert integer or (0 < nan.sum() < nan.size)
     np.testing.assert_array_equal(first.view(np.int32)[~nan], second.view(np.int32)[~nan])
-    assert dtype == "int8" or np.isnan(second[nan]).all()
+    assert integer or np.isnan(second[nan]).all()
 
 
 def test_a_tile_that_needs_more_registers_than_there_are_is_refused() -> None:
