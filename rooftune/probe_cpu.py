@@ -253,15 +253,12 @@ def _tiles(precision: str, threads: int, samples: int) -> Entry:
     return entry(rates, unit, f"{numba_tmul.PRODUCTS} tiles of AMX, threads={threads}, thread CPU time")
 
 
-def _split(bf16: Entry) -> Entry:
-    """fp32 products as six of bf16 (a number is the sum of three): a sixth of that rate, which may exceed FMA's."""
-    if not bf16["value"]:
-        return bf16
-    return {
-        **bf16,
-        "value": bf16["value"] / 6,
-        "how": f"a sixth of the bf16 rate ({bf16['how']}): six products for one",
-    }
+def _split(int8: Entry) -> Entry:
+    """fp32 products as six of int8 (a number in fixed point is three digits): a sixth of that rate, more than FMA's."""
+    if not int8["value"]:
+        return {**int8, "unit": "TFLOP/s"}
+    how = f"a sixth of the int8 rate ({int8['how']}): six products for one"
+    return {**int8, "value": int8["value"] / 6, "unit": "TFLOP/s", "how": how}
 
 
 def ceilings(threads: int, quick: bool = True) -> dict[str, Any]:
@@ -281,7 +278,7 @@ def ceilings(threads: int, quick: bool = True) -> dict[str, Any]:
         note = f"twice the fp32 FMA rate ({vector['how']}): pmaddwd adds two products a lane; torch._int_mm is slower"
         matrix["int8"] = {**vector, "value": 2 * vector["value"], "unit": "TOP/s", "how": note}
     tiles = {p: _tiles(p, threads, 4 * samples) for p in ("bf16", "int8")}  # some ms each: the rate comes and goes
-    tiles["fp32"] = _split(tiles["bf16"])
+    tiles["fp32"] = _split(tiles["int8"])
     matrix["tf32"] = missing("TFLOP/s", "a CPU has no tf32")
     matrix["fp8"] = missing("TFLOP/s", "torch does not multiply fp8 on a CPU")
     return {

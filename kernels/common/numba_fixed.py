@@ -10,7 +10,7 @@ row whose numbers differ by powers of ten not. So it is checked where it counts,
 more product, of some tiles of k, sums up the sizes of the largest digits. These are the sizes of the terms, and
 where the sum says that they are small beside the error of rounding, or where there is no scale (the largest number is
 below 2^-48, above 2^75, infinite or NaN), the result is NaN: it is to be computed again from the numbers as given. Where
-a look at some rows says that this would be often (`suits`), bf16 is the better choice.
+a look at some rows says that this would be often (`numba_suits`), bf16 is the better choice.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import numba
 from llvmlite import ir
 from numba.core import types
 
-from rooftune.kernels.common.numba import F32, I8, I16, I32, Emit, State, Value, intrinsic
+from rooftune.kernels.common.numba import I8, I16, I32, Emit, State, Value, intrinsic
 from rooftune.kernels.common.numba_split import Recipe, lines
 from rooftune.kernels.common.numba_tile import WORD, transpose
 from rooftune.kernels.common.numba_tmul import FORMATS, ROW, SIDE, tile
 
 FIXED = FORMATS["fixed"]
 PLANE = SIDE * ROW  # bytes of a tile
+THICK = FIXED.planes * PLANE
 STEP = FIXED.steps * SIDE  # numbers of k of a tile
 LOOKS = 2  # tiles of k, of a block of k, of which the sizes are summed up, or up to twice as many less one
 HEAD = 256  # bytes before a panel's steps: of each row its scale, the reciprocal, and whether it is not 0 (-1, else 0)
@@ -45,7 +46,6 @@ TOP = 127 * 256.0  # the largest number after scaling, in units of 2^8
 # at least this: the error of a result is then below what fp32 may have (2^-22 of the root of the sum of squares of the
 # terms times that of their number), at 5 standard deviations of 2^-24 (products left out) and 2^-18 (rounding) each.
 ENOUGH = 6000.0
-MARGIN = 2.5  # times ENOUGH, expected: then few results fall short by chance
 
 
 @cache
@@ -97,71 +97,6 @@ def largest(along_k: bool) -> Any:
         e.loop(e.index(0), e.index(SIDE), 1, [], row)
 
     return intrinsic([types.int64] * 6, emit)
-
-
-@cache
-def _evenness(along_k: bool) -> Any:
-    """Numba function (source, valid, stride, k) -> fp32: the sum of sizes over the largest, mean of up to 16 rows.
-
-    0 if any row has no such ratio. Elements lie as for `numba_split.pack`.
-    """
-
-    def emit(e: Emit, source: Value, valid: Value, stride: Value, k: Value) -> Value:
-        b, load, none = e.builder, lines(e, source, along_k, valid, stride, k), e.splat(0.0)
-
-        def larger(x: Value, y: Value) -> Value:
-            return b.select(b.fcmp_ordered(">", x, y), x, y)
-
-        def over(i: Value, by: int) -> tuple[Value, Value]:
-            def step(j: Value, state: State) -> State:
-                size = e.call(f"llvm.fabs.v{SIDE}f32", e.vector, [load(i, j)])
-                return [b.fadd(state[0], size), e.max(state[1], size)]
-
-            _, (total, top) = e.loop(e.index(0), b.add(k, e.index(by - 1)), by, [none, none], step)
-            return total, top
-
-        def row(i: Value, state: State) -> State:
-            total, top = over(i, SIDE)
-            return [b.fadd(state[0], b.fdiv(e.total([total]), e.reduce(top, larger)))]
-
-        if along_k:
-            _, (ratios,) = e.loop(e.index(0), valid, 1, [ir.Constant(F32, 0.0)], row)
-        else:
-            total, top = over(e.index(0), 1)
-            there = b.icmp_signed("<", ir.Constant(e.ints, list(range(SIDE))), e.broadcast(b.trunc(valid, I32), SIDE))
-            ratios = e.total([b.select(there, b.fdiv(total, top), none)])
-        ratio = b.fdiv(ratios, b.sitofp(valid, F32))
-        return b.select(b.fcmp_ordered(">=", ratio, ir.Constant(F32, 0.0)), ratio, ir.Constant(F32, 0.0))
-
-    return intrinsic([types.int64] * 4, emit, types.float32)
-
-
-@cache
-def suits(a_along_k: bool, b_along_k: bool) -> Any:
-    """Numba function (a, b, m, n, k, block) -> int64: not 0 if most results, in blocks of k, will pass the check.
-
-    By 16 rows of a and columns of b: those as far apart as possible where they lie along k, else side by side.
-    """
-    return suits_by(_evenness(a_along_k), _evenness(b_along_k), a_along_k, b_along_k)
-
-
-def suits_by(of_a: Any, of_b: Any, a_along_k: bool, b_along_k: bool) -> Any:
-    """The same, of these functions."""
-
-    @numba.njit(error_model="numpy")
-    def ratio(a, b, m, n, k, block):  # type: ignore[no-untyped-def]
-        if a_along_k:
-            left = of_a(a, min(m, SIDE), max(1, m // SIDE) * k, k)
-        else:
-            left = of_a(a + max(0, m // 2 - SIDE) * ITEM, min(m, SIDE), m, k)
-        if b_along_k:
-            right = of_b(b, min(n, SIDE), max(1, n // SIDE) * k, k)
-        else:
-            right = of_b(b + max(0, n // 2 - SIDE) * ITEM, min(n, SIDE), n, k)
-        size = float(left) * float(right) * (127.0 / k) ** 2  # of a term, on average
-        return 1 if size * math.sqrt(min(block, k)) >= MARGIN * ENOUGH else 0
-
-    return ratio
 
 
 @cache
@@ -298,12 +233,9 @@ def apart(steps: Any) -> Any:
 
 @numba.njit(error_model="numpy")
 def panel(rows: Any, numbers: Any) -> Any:
-    """Bytes of a packed panel: head, steps, sizes."""
+    """Bytes of a packed panel (of 16 rows): head, steps, sizes."""
     steps = (numbers + STEP - 1) // STEP
     return HEAD + steps * THICK + (steps + apart(steps) - 1) // apart(steps) * PLANE
-
-
-THICK = FIXED.planes * PLANE
 
 
 @cache

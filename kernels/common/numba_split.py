@@ -30,7 +30,9 @@ from rooftune.kernels.common.numba_tmul import FORMATS, ROW, SIDE, tile
 SPLIT = FORMATS["fp32"]
 SMALLEST, LARGEST = 0x08800000, 0x7F7F8000  # bits of 2^-110, and of the smallest number that bf16 rounds to infinity
 ITEM = 4  # bytes
-DEEP, SPLIT_ROW = 2 * SIDE, SPLIT.planes * ROW  # numbers of k of a tile, bytes of its rows
+NUMBERS = SPLIT.steps  # of k in a word
+DEEP, SPLIT_ROW = NUMBERS * SIDE, SPLIT.planes * ROW  # numbers of k of a tile, bytes of its rows
+SPARE = 4096  # bytes: see `Recipe`
 AGAIN = 512  # numbers of k at a time of what is computed again
 
 
@@ -182,7 +184,7 @@ class Recipe(NamedTuple):
         pack_a, pack_b: Numba functions (source, target, first, stop, count, k, start, numbers): panels `first` to
             `stop`, of which there are `count` rows (columns) in all; of each, `numbers` of k from `start` on.
         multiply: Numba function (a, b, c, numbers, add, spare): c (+)= a b of two packed panels, after `configure`;
-            not finite where it has to be computed again; spare: 4 KB.
+            not finite where it has to be computed again; spare: SPARE bytes at a line.
         panel: Numba function (rows, numbers): bytes of a packed panel of so many numbers of k.
         step: numbers of k of a tile.
     """
@@ -209,11 +211,11 @@ def recipe(rows: int, columns: int, a_along_k: bool, b_along_k: bool, stream: bo
 
     @numba.njit(error_model="numpy")
     def pack_a(source, target, first, stop, count, k, start, numbers):  # type: ignore[no-untyped-def]
-        panels_a(source, target, first, stop, count, k, start // 2, (numbers + DEEP - 1) // DEEP * SIDE)
+        panels_a(source, target, first, stop, count, k, start // NUMBERS, (numbers + DEEP - 1) // DEEP * SIDE)
 
     @numba.njit(error_model="numpy")
     def pack_b(source, target, first, stop, count, k, start, numbers):  # type: ignore[no-untyped-def]
-        panels_b(source, target, first, stop, count, k, start // 2, (numbers + DEEP - 1) // DEEP * SIDE)
+        panels_b(source, target, first, stop, count, k, start // NUMBERS, (numbers + DEEP - 1) // DEEP * SIDE)
 
     @numba.njit(error_model="numpy")
     def multiply(a, b, c, numbers, add, spare):  # type: ignore[no-untyped-def]

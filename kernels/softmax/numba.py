@@ -18,17 +18,22 @@ DEVICES = ("cpu",)
 PRECISIONS = ("fp32", "fp16", "bf16")
 LARGE = 2 << 20  # bytes of an output that leaves an L2 cache anyway: from there streaming was faster
 ARGUMENTS = ("int64",) * 6  # of a job: addresses of x, out and scratch; m, n, tasks
+NEAR = 128 << 10  # bytes of rows that are read three times: a small part of an L2 cache
 SHORT = 512  # columns of a row whose sums across lanes take longer than its visits
 
 
 def _default(problem: Problem) -> Config:
     large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
-    short = problem["n"] <= SHORT
+    several = short = problem["n"] <= SHORT
+    if large and vector_width() == 16:
+        # few columns: 16 lanes have fewer sums to hide, and several rows streamed at once keep half-filled lines waiting
+        # (1.68x of torch at 4096x256 where one row at a time is 2.03x); many of fp32: four streams of memory are 1.05 to
+        # 1.11 times as fast (bf16 0.98)
+        near = problem.precision == "fp32" and 16 * problem["n"] <= NEAR
+        several = problem["n"] > 256 and (short or near)
     return {
-        "unroll": 2 if short else 8,
-        # 16 lanes have fewer sums to hide, and several rows streamed at once keep half-filled lines waiting: 1.68x of
-        # torch at 4096x256 where one row at a time is 2.03x
-        "rows": 4 if short and not (large and vector_width() == 16 and problem["n"] <= 256) else 1,
+        "unroll": 2 if several or short else 8,
+        "rows": 4 if several else 1,
         "tasks_per_thread": 4,  # what a slow thread leaves is taken over; 1, 2, 4 and 8 are equal on two even cores
         "exponentials": "keep",
         "store": "stream" if large else "cached",

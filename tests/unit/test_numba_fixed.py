@@ -21,6 +21,7 @@ from numba.core import types
 
 from rooftune.kernels.common import numba as vectors
 from rooftune.kernels.common import numba_fixed as fixed
+from rooftune.kernels.common import numba_suits as look
 
 Array = np.ndarray[Any, Any]
 WEIGHTS = np.array([65536.0, 256.0, 1.0])
@@ -176,8 +177,8 @@ def test_a_result_whose_terms_are_small_is_nan_unless_its_row_is_zero() -> None:
 
 @cache
 def _suitor(a_along_k: bool, b_along_k: bool) -> Any:
-    evenness = {x: _of_sixteen(fixed._evenness(x), 4, types.float32) for x in (True, False)}
-    suits = fixed.suits_by(evenness[a_along_k], evenness[b_along_k], a_along_k, b_along_k)
+    evenness = {x: _of_sixteen(look.evenness(x), 4, types.float32) for x in (True, False)}
+    suits = look.suits_by(evenness[a_along_k], evenness[b_along_k], a_along_k, b_along_k)
 
     @numba.njit("int64(int64, int64, int64, int64, int64, int64)")
     def call(a, b, m, n, k, block):  # type: ignore[no-untyped-def]
