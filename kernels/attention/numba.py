@@ -12,7 +12,7 @@ import torch
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
 from rooftune.kernels.attention import without_lse
-from rooftune.kernels.common import numba_split, numba_tmul
+from rooftune.kernels.common import numba_scores, numba_split, numba_tmul
 from rooftune.kernels.common.numba import ITEM, LINE, LOG2E, threads
 from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, tile_formats, vector_width
 from rooftune.kernels.common.numba_online import KEPT, begin, end, soften
@@ -29,6 +29,7 @@ TILES = {  # rows (keys, or columns of v) x queries of the register tile, by lan
 }
 AMX_TILES = ("16x32", "32x16", "32x32", "16x16")
 SPLIT_TILES = ("16x32", "32x16", "16x16")
+AMX = ("amx", "fixed")
 AGAIN = 8  # rows of the tile for what `numba_split` cannot multiply
 
 
@@ -51,8 +52,14 @@ def _default(problem: Problem) -> Config:
             "multiply": "amx",
         }
     if dtype == "fp32" and _amx_tiles(dtype) and not few:
+        whole = -problem["d"] % 64 < 32  # else steps of 64 numbers are more padding than those of 32
         # 16x16: at 268 queries 1.08 times as fast (1.18 where the matrix unit is shared), 512 0.95 (1.07), 2048 0.9
-        return {"tile": "16x32" if lanes > 512 else "16x16", "block_k": 128, "query_tiles": 32, "multiply": "amx"}
+        return {
+            "tile": "16x32" if lanes > 512 else "16x16",
+            "block_k": 128,
+            "query_tiles": 32,
+            "multiply": "fixed" if problem["d"] >= numba_scores.LEAST and whole else "amx",
+        }
     return {
         "tile": tiles[-2] if few else tiles[0],
         "block_k": 128 if vector_width() == 16 else 256,  # 16: 1.02 to 1.04 times as fast; others not measured
@@ -68,15 +75,20 @@ SPACE = Space(
         "query_tiles": (1, 2, 4, 8, 16, 32, 64),  # tiles of queries that share a packed block of k and v
         # of both products. dot: vdpbf16ps, with probabilities rounded to bf16 (on Intel half as fast as fp32); amx:
         # tdpbf16ps, likewise, and six of them for one product of fp32 (1.4 to 1.9 times as fast as FMA on a Xeon, 1.1
-        # to 1.3 in spells in which the matrix unit is shared)
-        "multiply": ("widen", "dot", "amx"),
+        # to 1.3 in spells in which the matrix unit is shared); fixed: of fp32, the first product in fixed point by AMX
+        # (heads of 128: 1.02 to 1.08 times as fast as amx, 1.13 to 1.18 in such spells; heads of 64: 0.95 to 1.0)
+        "multiply": ("widen", "dot", "amx", "fixed"),
     },
     where=(
         lambda config, problem: config["multiply"] != "dot" or problem.precision in dot_formats(),
         lambda config, problem: (
             config["tile"] in _amx_tiles(problem.precision)
-            if config["multiply"] == "amx"
+            if config["multiply"] in AMX
             else config["tile"] in TILES[vector_width()]
+        ),
+        lambda config, problem: (
+            config["multiply"] != "fixed"
+            or (problem.precision == "fp32" and problem["d"] >= numba_scores.LEAST and config["tile"][:2] == "16")
         ),
     ),
     default=_default,
@@ -86,7 +98,7 @@ ARGUMENTS = (*("int64",) * 13, "float32")
 
 def _split(problem: Problem, config: Config) -> bool:
     """Whether products of fp32 are made of those of bf16 (`numba_split`)."""
-    return problem.precision == "fp32" and config["multiply"] == "amx"
+    return problem.precision == "fp32" and config["multiply"] in AMX
 
 
 def _steps(multiply: str) -> int:
@@ -99,14 +111,34 @@ def nothing() -> None:
 
 
 @cache
+def scoring(multiply: Any) -> Any:
+    """Numba functions (keys, queries, scores, words, d, spare): products of a register tile; `widest`, `uneven`: of
+    `numba_scores`, where scores are as exact as the format is."""
+
+    @numba.njit(error_model="numpy")
+    def product(keys, queries, scores, words, _d, _spare):  # type: ignore[no-untyped-def]
+        multiply(keys, queries, scores, words, 0)
+
+    @numba.njit
+    def widest(_head):  # type: ignore[no-untyped-def]
+        return 0.0
+
+    @numba.njit
+    def uneven(_head, _maxima, _top, _bound):  # type: ignore[no-untyped-def]
+        return 0
+
+    return product, widest, uneven
+
+
+@cache
 def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
     """A task: some tiles of queries of one head, in its slot's part of the scratch memory."""
     form, item = Format(dtype, _steps(multiply_by)), ITEM[dtype]
-    form = numba_tmul.FORMATS[dtype] if multiply_by == "amx" else form
+    form = numba_tmul.FORMATS[dtype] if multiply_by in AMX else form
     planes, split = form.planes, form.planes > 1
     degree = 5 if dtype == "fp32" else 4 if form.steps == 1 else 3  # of exp2: 3 where its values are rounded to bf16
     panel = max(rows, vector_width()) if vector_width() % rows == 0 else rows  # whole vectors are packed fastest
-    if multiply_by == "amx":
+    if multiply_by in AMX:
         deep, multiply = numba_tmul.SIDE, numba_tmul.tile_of_packed(form, rows, queries)
         pack_k, pack_v = (
             numba_split.pack(panel, along_k, left=True) if split else numba_tmul.pack(form, panel, along_k)
@@ -121,8 +153,15 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
     pack_q = numba_split.pack(queries, True, left=False) if split else pack(form, queries, True, deep=deep)
     start, finish = begin(queries), end(queries, dtype)
     softmax, arguments = soften(queries, degree, steps == 2, deep, split), arguments_of(*ARGUMENTS)
-    lost = numba_split.spoiled()
+    lost, side = numba_split.spoiled(), numba_tmul.SIDE
+    score, widest, uneven = scoring(multiply)
     again = compiled(dtype, AGAIN, queries, "widen").address if split else 0
+    if multiply_by == "fixed":
+        pack_q, pack_k = numba_scores.rows(queries, False), numba_scores.rows(rows, True)
+        score, widest, uneven = numba_scores.products(queries), numba_scores.widest(), numba_scores.uneven()
+        again = compiled(dtype, rows, queries, "amx").address
+
+    bound = numba_scores.BOUND
 
     @job
     def attention(given, task, slot):  # type: ignore[no-untyped-def]
@@ -142,7 +181,7 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
         begin_tile = part * tiles
         end_tile = min(begin_tile + tiles, every)
         enter()
-        stop = 0
+        stop, top = 0, 0.0
         for t in range(begin_tile, end_tile):
             first, packed = t * queries, own + (t - begin_tile) * each
             valid, query = min(queries, count - first), first % period
@@ -156,6 +195,7 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
             here = (head * sk + key) * d * item
             for r in range(0, keys, panel):
                 pack_k(k + here + r * d * item, k_pack + r * words * planes * 4, min(panel, keys - r), d, d)
+                top = max(top, widest(k_pack + r * words * planes * 4))
             for c in range(0, columns, panel):
                 pack_v(v + here + c * item, v_pack + c * thick * planes * 4, min(panel, d - c), d, keys)
             ahead = block * d * item if key + block < stop else 0
@@ -173,7 +213,7 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
                     sums = packed + words * planes * queries * 4
                     for r in range(0, seen, rows):
                         left = k_pack + (r // panel * panel * words * planes + r % panel) * 4
-                        multiply(left, packed, scores + r * queries * 4, words, 0)
+                        score(left, packed, scores + r * queries * 4, words, d, softened)
                     softmax(scores, seen, sums, d, key, clear, factor, softened)
                     for c in range(0, d, rows):
                         left = v_pack + (c // panel * panel * thick * planes + c % panel) * 4
@@ -181,9 +221,13 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
         leave()
         for t in range(begin_tile, end_tile):
             first = t * queries
-            sums = own + (t - begin_tile) * each + words * planes * queries * 4
-            if split and (lost(sums + queries * 4, queries) or lost(sums + KEPT * queries * 4, d * queries)):
-                call(again, given, task, slot)  # a total or a number of the output is not finite
+            packed = own + (t - begin_tile) * each
+            sums = packed + words * planes * queries * 4
+            doubt = split and (lost(sums + queries * 4, queries) or lost(sums + KEPT * queries * 4, d * queries))
+            for lane in range(0, queries, side) if split else range(0):
+                doubt = doubt or uneven(packed + lane * words * planes * 4, sums + lane * 4, top, bound * math.sqrt(d))
+            if doubt:  # a total or a number of the output is not finite, or the error of a score may show
+                call(again, given, task, slot)
                 return
             finish(sums, d, out + (head * count + first) * d * item, min(queries, count - first))
 
@@ -196,7 +240,8 @@ def build(problem: Problem, config: Config) -> Run:
     One task: `query_tiles` tiles of queries of the heads that share k and v, one head after the other, against all
     keys. With queries in lanes, k and v are read one number for all lanes, and maximum, total and rescaling need no
     sums across lanes. A block of k and v is packed (and widened, if `multiply` says so) once for all tiles of the task.
-    A task of fp32 by AMX whose result is not finite is computed again by FMA (`numba_split` says why).
+    A task of fp32 by AMX whose result is not finite is computed again by FMA (`numba_split` says why), and one with scores
+    in fixed point that rounding to the largest number of a query or key may change by more than fp32 does, as without.
     """
     require(problem.precision)
     without_lse(problem, "attention/numba")
@@ -205,7 +250,7 @@ def build(problem: Problem, config: Config) -> Run:
     causal = bool(problem.flag("causal")) and period > 1  # bottom right: a single query sees every key
     beyond = sk - period if causal else sk
     rows, queries = (int(side) for side in config["tile"].split("x"))
-    amx, split = config["multiply"] == "amx", _split(problem, config)
+    amx, split = config["multiply"] in AMX, _split(problem, config)
     block, every = min(config["block_k"], sk), -(-count // queries)
     tiles = min(config["query_tiles"], -(-every // -(-threads() // heads)))
 

@@ -125,6 +125,25 @@ def run_small_heads(config: Config) -> None:
     assert bool((error <= 3e-6 * scale).all()), (error / scale).max()
 
 
+def run_uneven_keys(config: Config, text: str) -> None:
+    """Numbers of a head that are large in keys and small in queries: in fixed point, scores would be wrong."""
+    from rooftune import check, registry
+
+    problem = registry.problem(text)
+    op, module = registry.op("attention"), registry.impl("attention/numba").load()
+    q, k, v = op.inputs(problem, check.generator("cpu", 5))
+    for number, power in ((3, 12), (7, 7)):
+        k[..., number] *= 2.0**power
+        q[..., number] *= 2.0**-power
+    q[..., 9] *= 2.0**9
+    k[..., 9] *= 2.0**-9
+    out = q.new_full(q.shape, 9.0)
+    module.build(problem, config)(out, q, k, v)
+    flat = out.reshape(-1, out.shape[-1])
+    wrong, _ = check.judge(op, problem, flat, op.reference(problem, [q, k, v]), "uneven")
+    assert not wrong, wrong
+
+
 def run_tiles() -> None:
     """What AMX is used for, on ragged shapes of more than one block of k, and special values."""
     import test_numba_shapes as shapes
@@ -164,6 +183,15 @@ def run_tiles() -> None:
             for change in (special._queries, special._keys, special._values):
                 special.agree(f"{special.HEADS},{precision}]", heads, change, value)
     run_small_heads(heads)
+    for tile in ("16x32", "16x16"):
+        heads = {"tile": tile, "block_k": 64, "query_tiles": 2, "multiply": "fixed"}
+        problems = shapes.drawn(SHAPES, shapes.attention_shapes("fp32", (65, 80, 128, 130, 256)))
+        shapes.race_shapes(problems, lambda problem, heads=heads: heads)
+    large = special.HEADS.replace("d=20", "d=80")
+    for value in special.VALUES:
+        for change in (special._queries, special._keys, special._values):
+            special.agree(f"{large},fp32]", heads, change, value)
+    run_uneven_keys(heads, f"{large},fp32]")
 
 
 def run_vectors(name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -113,11 +113,13 @@ def test_gemm(precision: str, transpose: str, config: Config) -> None:
     race_shapes(problems, lambda problem: {**fixed, **config, "tile": tiles[config["tile"]]})
 
 
-def attention_shapes(precision: str) -> Callable[[Callable[..., int]], Problem]:
+def attention_shapes(
+    precision: str, heads: Sequence[int] = (1, 3, 4, 8, 12, 20, 33, 64, 80)
+) -> Callable[[Callable[..., int]], Problem]:
     """Causal or not, grouped heads, heads smaller than a vector, and rows that may see no key (sq > sk)."""
 
     def make(size: Callable[..., int]) -> Problem:
-        group, hkv, d = size(1, 2, 3), size(1, 2), size(1, 3, 4, 8, 12, 20, 33, 64, 80)
+        group, hkv, d = size(1, 2, 3), size(1, 2), size(*heads)
         flags = {"causal": "1"} if size(0, 1) else {}
         sizes = {"b": size(1, 2), "h": hkv * group, "hkv": hkv, "sq": size(), "sk": size(), "d": d}
         return Problem.make("attention", precision, flags, **sizes)
