@@ -56,7 +56,7 @@ def _default(problem: Problem) -> Config:
         # 16x16: at 268 queries 1.08 times as fast (1.18 where the matrix unit is shared), 512 0.95 (1.07), 2048 0.9
         return {
             "tile": "16x32" if lanes > 512 else "16x16",
-            "block_k": 128,
+            "block_k": 128 if lanes > 512 else 64,  # 64 with 16x16: 1.03 to 1.08 times as fast
             "query_tiles": 32,
             "multiply": "fixed" if problem["d"] >= numba_scores.LEAST and whole else "amx",
         }
