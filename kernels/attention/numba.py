@@ -240,8 +240,8 @@ def build(problem: Problem, config: Config) -> Run:
     One task: `query_tiles` tiles of queries of the heads that share k and v, one head after the other, against all
     keys. With queries in lanes, k and v are read one number for all lanes, and maximum, total and rescaling need no
     sums across lanes. A block of k and v is packed (and widened, if `multiply` says so) once for all tiles of the task.
-    A task of fp32 by AMX whose result is not finite is computed again by FMA (`numba_split` says why), and one with scores
-    in fixed point that rounding to the largest number of a query or key may change by more than fp32 does, as without.
+    A task of fp32 by AMX whose result is not finite is computed again by FMA (`numba_split` says why); one whose scores
+    fixed point may change by more than fp32 does (`numba_scores`), by `amx`.
     """
     require(problem.precision)
     without_lse(problem, "attention/numba")

@@ -7,10 +7,10 @@ unit", 2024, for float64; AMX multiplies int8 at twice the rate of the bf16 of `
 
 The error is relative to the largest number of the row, not to each: on normal or uniform numbers like fp32's own, on a
 row whose numbers differ by powers of ten not. So it is checked where it counts, for every number of the result: one
-more product, of some tiles of k, sums up the sizes of the largest digits. These are the sizes of the terms, and
-where the sum says that they are small beside the error of rounding, or where there is no scale (the largest number is
-below 2^-48, above 2^75, infinite or NaN), the result is NaN: it is to be computed again from the numbers as given. Where
-a look at some rows says that this would be often (`numba_suits`), bf16 is the better choice.
+more product, of some tiles of k, sums up the sizes of the largest digits. These are the sizes of the terms, and where
+the sum says that they are small beside the error of rounding, or where there is no scale (the largest number is below
+2^-48, above 2^75, infinite or NaN), the result is NaN: it is to be computed again from the numbers as given. Where a
+look at some rows says that this would be often (`numba_suits`), bf16 is the better choice.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from rooftune.kernels.common.numba_split import SPLIT_ROW
 from rooftune.kernels.common.numba_tile import WORD
 from rooftune.kernels.common.numba_tmul import ROW, SIDE, tile
 
-LEAST = 65  # numbers of a head, from which on panels need no more room than those of `numba_split`, whose place they take
-# Product of the reciprocals of two scales, over the root of the head's size: the standard deviation of a score, as it
-# enters the exponential, is 31 of them (2^16 times 2^-11 of a unit of the first digits' products), four of which are to
-# stay below 2^-22 (1 + largest score): what fp32 may have.
+LEAST = 65  # numbers of a head: their panels need no more room than those of `numba_split`, whose place they take
+# Of the product of the reciprocals of two scales, over the root of the head's size. The standard deviation of a score,
+# as it enters the exponential, is some 31 such products by the terms that are left out (2^-11 of a unit of the first
+# digits' products, each); four of these are to stay below 2^-22 (1 + largest score), which is what fp32 may have.
 BOUND = 2.0**-22 / (4 * 31)
 LN2 = math.log(2)
 
@@ -36,7 +36,9 @@ def unscaled() -> Any:
     def emit(e: Emit, head: Value) -> None:
         b = e.builder
         scale, inverse, marks = (e.load_raw(b.add(head, e.index(i * ROW)), e.vector, WORD) for i in range(3))
-        none = b.and_(b.fcmp_ordered("==", scale, e.splat(0.0)), b.icmp_signed("!=", b.bitcast(marks, e.ints), e.int_splat(0)))
+        none = b.and_(
+            b.fcmp_ordered("==", scale, e.splat(0.0)), b.icmp_signed("!=", b.bitcast(marks, e.ints), e.int_splat(0))
+        )
         e.store_raw(b.select(none, e.splat(math.nan), inverse), b.add(head, e.index(ROW)), WORD)
 
     return intrinsic([types.int64], emit)

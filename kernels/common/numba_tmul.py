@@ -41,8 +41,8 @@ def _registers(e: Emit, name: str, *numbers: int) -> None:
     e.call(f"llvm.x86.{name}", ir.VoidType(), [ir.Constant(I8, x) for x in numbers])
 
 
-# six of the nine products of the three parts of b and of a, the largest last: from one to the next one of the two stays,
-# so that few registers do with few loads
+# six of the nine products of the three parts of b and of a, the largest last: from one to the next one of the two
+# stays, so that few registers do with few loads
 SIX = ((2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0))
 Turn = tuple[int, int, int]  # planes of b and of a that are multiplied, and the sum that the product is added to
 

@@ -183,11 +183,11 @@ def compiled(parts: str, transpose: str, epilogue: str, rows: int, columns: int,
 def build(problem: Problem, config: Config) -> Run:
     """run(out: [m, n], a, b[, bias or residual]), all contiguous, stored as the flag transpose says.
 
-    Parts of int8 are for numbers that suit them: where a look at some rows says that they do not, parts of bf16 are taken
-    (0.8 to 1.0 of torch's time on a virtual Xeon, one thread). A tile of sums that is not finite is computed again, by FMA,
-    from the numbers as given. Register tiles of int8 do some 500 GFLOP/s there from the L2 cache, those of bf16 290 and FMA
-    123; in spells in which the matrix unit is shared 240, 130 and 108. The errors (relative, Frobenius) are 3.9e-7 with int8,
-    1.8e-7 to 3.5e-7 with bf16 at 512 to 2048; torch's are 2.9e-7 to 3.5e-7.
+    Parts of int8 are for numbers that suit them: where a look at some rows says that they do not, parts of bf16 are
+    taken (0.8 to 1.0 of torch's time on a virtual Xeon, one thread). A tile of sums that is not finite is computed
+    again, by FMA, from the numbers as given. Register tiles of int8 do some 500 GFLOP/s there from the L2 cache, those
+    of bf16 290 and FMA 123; in spells in which the matrix unit is shared 240, 130 and 108. The errors (relative,
+    Frobenius) are 3.9e-7 with int8, 1.8e-7 to 3.5e-7 with bf16 at 512 to 2048; torch's are 2.9e-7 to 3.5e-7.
 
     Raises:
         UsageError: this CPU has no AMX, or its system does not let a process use it.

@@ -26,9 +26,9 @@ def _default(problem: Problem) -> Config:
     large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
     several = short = problem["n"] <= SHORT
     if large and vector_width() == 16:
-        # few columns: 16 lanes have fewer sums to hide, and several rows streamed at once keep half-filled lines waiting
-        # (1.68x of torch at 4096x256 where one row at a time is 2.03x); many of fp32: four streams of memory are 1.05 to
-        # 1.11 times as fast (bf16 0.98)
+        # few columns: 16 lanes have fewer sums to hide, and several rows streamed at once keep half-filled lines
+        # waiting (1.68x of torch at 4096x256 where one row at a time is 2.03x); many of fp32: four streams of memory
+        # are 1.05 to 1.11 times as fast (bf16 0.98)
         near = problem.precision == "fp32" and 16 * problem["n"] <= NEAR
         several = problem["n"] > 256 and (short or near)
     return {
