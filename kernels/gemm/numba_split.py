@@ -1,5 +1,7 @@
-"""Matrix product in Numba of fp32 by AMX: numbers in three parts, six products of parts for each (`numba_split`: bf16,
-`numba_fixed`: int8)."""
+"""Matrix product in Numba of fp32 by AMX: numbers in three parts of int8 or bf16, six products of parts for each.
+
+See `numba_fixed` and `numba_split` of the common building blocks.
+"""
 
 from __future__ import annotations
 
