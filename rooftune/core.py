@@ -40,6 +40,10 @@ class Unavailable(RooftuneError):
     """Something is not on this machine: a device, a package, a sensor."""
 
 
+class CompileError(RooftuneError):
+    """A compiler refuses a competitor's source: a failure of the competitor, not a reason to leave it out."""
+
+
 def unknown(what: str, name: str, known: Sequence[str], hint: str = "") -> UsageError:
     """The one-line error for a name that does not exist: what, the known values, the next command."""
     tail = f"; {hint}" if hint else ""

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
 from rooftune import check, registry
-from rooftune.core import Op, Problem, RooftuneError, Status
+from rooftune.core import CompileError, Op, Problem, RooftuneError, Status
 
 VERIFY_ROWS = 6  # rows of a timed output that are compared with float64
 ROTATION = 4096  # inputs change between rounds by a random rotation of up to this many elements
@@ -146,7 +146,7 @@ class Session:
         try:
             run = maker(parsed, config)
         except RooftuneError as error:
-            raise Failure(Status.SKIPPED, str(error)) from error
+            raise _refusal(error) from error
         except Exception as error:
             raise Failure(Status.FAILED_COMPILE, _line(error)) from error
         built_s = time.perf_counter() - start
@@ -155,7 +155,7 @@ class Session:
                 op, parsed, config, maker, seed, self.device, run, module.SPACE.valid, thorough, found.per_shape
             )
         except RooftuneError as error:
-            raise Failure(Status.SKIPPED, str(error)) from error
+            raise _refusal(error) from error
         except Exception as error:
             raise Failure(Status.FAILED_LAUNCH, _line(error)) from error
         reply: dict[str, Any] = {"status": str(Status.OK if verdict.ok else Status.WRONG), "reason": verdict.reason}
@@ -216,7 +216,7 @@ class Session:
         try:
             return {"status": str(Status.OK), **asdict(module.compile_for(registry.problem(problem), config, arch))}
         except RooftuneError as error:
-            raise Failure(Status.SKIPPED, str(error)) from error
+            raise _refusal(error) from error
         except Exception as error:
             raise Failure(Status.FAILED_COMPILE, _line(error)) from error
 
@@ -226,6 +226,11 @@ class Session:
         if not module.startswith("rooftune."):
             raise ValueError(f"{function} is not a function of rooftune")
         return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def _refusal(error: RooftuneError) -> Failure:
+    """A competitor that does not do a problem is skipped; one that does not compile has failed."""
+    return Failure(Status.FAILED_COMPILE if isinstance(error, CompileError) else Status.SKIPPED, str(error))
 
 
 def _line(error: BaseException) -> str:

@@ -30,15 +30,22 @@ constexpr int KEYS = BLOCK_N / 2, COLS = D / 2;  // scores and outputs of a thre
 constexpr int V_TILES = Q::BYTES + STAGES * K::BYTES, BARRIERS = V_TILES + STAGES * V::BYTES;
 
 // A block's tiles: heads (packs of them) in groups whose keys and values fit into L2, within a group the longest first.
-// Rounds alternate in direction, so that no block gets the longest tile of every round.
+// Causal tiles differ in length: `order` deals them out evenly, [rounds, grid], -1 after a block's last.
 struct Schedule {
-  int blocks, heads, group_heads, total, round = 0;
+  const int* order;
+  int blocks, heads, group_heads, total, at, next;
   int m0, head, kv_head, count;  // of the current tile: first query, first head of q, head of k and v, key blocks
 
+  __device__ __forceinline__ void begin() {
+    at = blockIdx.x;
+    next = CAUSAL ? order[at] : at;
+  }
+
   __device__ __forceinline__ bool advance(int q_heads, int kv_heads, int sq, int sk) {
-    const int place = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int tile = round++ * gridDim.x + place;
-    if (tile >= total) return false;  // the last round only: then no later one has a tile
+    const int tile = next;
+    if (CAUSAL ? tile < 0 : tile >= total) return false;
+    at += gridDim.x;
+    next = CAUSAL ? order[at] : at;  // read a tile ahead: nobody waits for it
     const int group = tile / (group_heads * blocks), in_group = tile % (group_heads * blocks);
     const int width = min(group_heads, heads - group * group_heads), index = in_group / width;
     m0 = (CAUSAL ? blocks - 1 - index : index) * QUERIES;
@@ -260,13 +267,13 @@ __device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const 
   }
 }
 
-// q, out: maps of [b h, sq, D]; k, v: of [b hkv, sk, D]; lse: [b h, sq], with LSE only. `scale` is log2(e) / sqrt(D);
+// q, out: maps of [b h, sq, D]; k, v: of [b hkv, sk, D]; lse: [b h, sq], with LSE only; order: see Schedule. `scale` is log2(e) / sqrt(D);
 // `heads` = b h / PACK; group_heads: of those, scheduled together. Causal: query i sees keys up to i + sk - sq; one
 // that sees none is 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_kernel(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                      const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap out,
-                     float* __restrict__ lse, int heads, int q_heads, int kv_heads, int sq, int sk, int group_heads,
+                     float* __restrict__ lse, const int* __restrict__ order, int heads, int q_heads, int kv_heads, int sq, int sk, int group_heads,
                      float scale) {
   SHARED_MEMORY(shared);
   Pipe pipe{shared, shared + Q::BYTES, shared + V_TILES};
@@ -288,7 +295,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   Schedule tiles;
   tiles.blocks = (sq + QUERIES - 1) / QUERIES, tiles.heads = heads, tiles.group_heads = group_heads;
-  tiles.total = tiles.blocks * heads;
+  tiles.total = tiles.blocks * heads, tiles.order = order;
+  tiles.begin();
   const int group = warpgroup() - 1;
   if (group < 0) {
     if constexpr (GROUPS > 1) fewer_registers<GROUPS == 2 ? 24 : 32>();

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rooftune.core import Resources, RooftuneError, Unavailable, UsageError
+from rooftune.core import CompileError, Resources, Unavailable, UsageError
+from rooftune.kernels.common.cupy_driver import active_clusters
 from rooftune.kernels.common.cupy_host import host, thread_order
 from rooftune.kernels.common.cupy_kernel import (
     HEADERS,
@@ -48,6 +49,7 @@ __all__ = [
     "hopper_resources",
     "host",
     "require_arch",
+    "resident_blocks",
     "resources",
     "thread_order",
 ]
@@ -67,13 +69,14 @@ def _nvrtc(kernel: Kernel, arch: str, *extra: str) -> tuple[Any, Any, str]:
         program = nvrtc.createProgram(kernel.source.read_text(), kernel.source.name, (), ())
     except RuntimeError as error:  # CuPy found no library
         raise Unavailable(f"NVRTC is not usable ({error}); install nvidia-cuda-nvrtc") from error
-    options = (f"-arch={arch}", "-std=c++17", f"-I{HEADERS}", *extra, *kernel.defines)
+    # -default-device: NVRTC 13.0 takes a generic lambda of a kernel for a host function, 13.5 does not
+    options = (f"-arch={arch}", "-std=c++17", "-default-device", f"-I{HEADERS}", *extra, *kernel.defines)
     try:
         nvrtc.compileProgram(program, options)
     except Exception as error:
         log = str(nvrtc.getProgramLog(program)) or str(error)
         nvrtc.destroyProgram(program)
-        raise RooftuneError(f"NVRTC failed on {kernel.source.name} for {arch}: {first_errors(log)}") from error
+        raise CompileError(f"NVRTC failed on {kernel.source.name} for {arch}: {first_errors(log)}") from error
     return nvrtc, program, str(nvrtc.getProgramLog(program)).rstrip("\0")
 
 
@@ -92,7 +95,7 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[Path, str, str]:
     """Machine code for an architecture such as `sm_90a`, ptxas' report, and the PTX. No driver is needed.
 
     Raises:
-        RooftuneError: the source does not compile for it. Unavailable: no NVRTC.
+        CompileError: the source does not compile for it. Unavailable: no NVRTC.
     """
     target = cache_dir() / f"{kernel.key(toolchain(), arch)}.cubin"
     report, text = target.with_suffix(".log"), target.with_suffix(".ptx")
@@ -203,6 +206,40 @@ def current_arch() -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+def _load(kernel: Kernel) -> Any:
+    """CuPy's function, compiled for torch's current device and loaded into torch's context."""
+    import cupy
+    import torch
+
+    cubin = compile_cubin(kernel, current_arch())[0]
+    torch.cuda.current_stream()  # makes torch's context, which CuPy then shares
+    with cupy.cuda.Device(torch.cuda.current_device()):
+        raw = cupy.RawModule(path=str(cubin)).get_function(kernel.entry)
+        if kernel.shared_bytes > 48 * 1024:  # above this a kernel must ask
+            raw.max_dynamic_shared_size_bytes = kernel.shared_bytes
+        return raw.kernel
+
+
+def resident_blocks(kernel: Kernel, cluster: int) -> int:
+    """Blocks of a kernel of one block a multiprocessor that run at once on torch's current device.
+
+    In clusters that are fewer than multiprocessors: a cluster lies within one GPC, and not every GPC has a multiple
+    of `cluster` left. A persistent grid that is larger runs its last clusters after all others: twice the time.
+
+    Raises:
+        UsageError: not one cluster fits.
+    """
+    import torch
+
+    count = int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+    if cluster == 1:
+        return count
+    found = active_clusters(_load(kernel).ptr, kernel.threads, kernel.shared_bytes, cluster)
+    if not found:
+        raise UsageError(f"no cluster of {cluster} blocks with {kernel.shared_bytes} bytes of shared memory fits here")
+    return min(found * cluster, count)
+
+
 def device(kernel: Kernel) -> Launch:
     """The kernel on torch's current CUDA device; a launch goes to torch's current stream.
 
@@ -217,14 +254,7 @@ def device(kernel: Kernel) -> Launch:
     limit = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
     if kernel.shared_bytes > limit:
         raise UsageError(f"needs {kernel.shared_bytes} bytes of shared memory a block; this device has {limit}")
-    cubin = compile_cubin(kernel, current_arch())[0]
-    torch.cuda.current_stream()  # makes torch's context, which CuPy then shares
-    with cupy.cuda.Device(index):
-        raw = cupy.RawModule(path=str(cubin)).get_function(kernel.entry)
-        if kernel.shared_bytes > 48 * 1024:  # above this a kernel must ask
-            raw.max_dynamic_shared_size_bytes = kernel.shared_bytes
-        function = raw.kernel
-    block = (kernel.threads, 1, 1)
+    function, block = _load(kernel), (kernel.threads, 1, 1)
 
     def value(arg: Any) -> Any:
         if isinstance(arg, TensorMap):

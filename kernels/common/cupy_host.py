@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rooftune.core import RooftuneError, Unavailable, UsageError
+from rooftune.core import CompileError, Unavailable, UsageError
 from rooftune.kernels.common.cupy_kernel import HEADERS, Kernel, Launch, cache_dir, first_errors, pointer, put
 from rooftune.kernels.common.cupy_tensormap import BYTES, TensorMap, emulated
 
@@ -57,7 +57,7 @@ def compile_host(kernel: Kernel) -> Path:
     """Shared library with the kernel and the fibers that run it.
 
     Raises:
-        RooftuneError: the source does not compile; the text has the first messages.
+        CompileError: the source does not compile; the text has the first messages.
     """
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{HEADERS}"]
     # Emulation is compiled once and run for a second: 2.2 s of CPU instead of 3.5 at -O2 for gemm/cupy_wgmma.
@@ -71,7 +71,7 @@ def compile_host(kernel: Kernel) -> Path:
         command = [compiler(), *options, *kernel.defines, "-x", "c++", "-", "-o", str(library)]
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RooftuneError(f"{compiler()} failed on {kernel.source.name}: {first_errors(done.stderr)}")
+            raise CompileError(f"{compiler()} failed on {kernel.source.name}: {first_errors(done.stderr)}")
         put(target, library.read_bytes())
     return target
 

@@ -36,6 +36,10 @@ if EMULATED:
     ops = warps = numba_cuda_sim
     cuda = numba_cuda_sim.cuda
 else:
+    import numpy
+
+    if not hasattr(numpy, "row_stack"):  # NumPy 2.5 dropped the alias; numba-cuda 0.30 cannot compile without it
+        numpy.row_stack = numpy.vstack
     import numba.cuda
 
     from rooftune.kernels.common import numba_cuda_mma, numba_cuda_ptx

@@ -138,7 +138,7 @@ def _default(problem: Problem) -> Config:
         "block_n": 128 if small else wide,
         "block_k": LINE // cuda.bytes_in(problem),
         "num_stages": 6 if small else 4 if wide == 256 else 5,
-        "cluster_m": 1 if small or m <= 128 else 2,
+        "cluster_m": 1,
         "cluster_n": 1,
         "schedule": "cooperative",
         "group_m": 8,
@@ -179,6 +179,8 @@ SPACE = Space(
 def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
     (rows, cols), (cluster_rows, cluster_cols) = _tile(config), _cluster(config)
     left, right = _along_k(config, problem)
+    if problem.precision == "fp8" and not (left and right):
+        raise UsageError(f"{problem}: wgmma reads fp8 along k only: transpose=nt")
     macros = {
         "PRECISION": cuda.PRECISION_CODE[problem.precision],
         "LEFT_MN": int(not left),
@@ -315,10 +317,8 @@ def _runner(
 
 def build(problem: Problem, config: Config) -> Run:
     """On the current GPU, one block a multiprocessor."""
-    import torch
-
     cuda.require_arch(cuda.current_arch(), ARCH, "gemm/cupy_wgmma")
-    blocks = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    blocks = cuda.resident_blocks(_kernel(problem, config), config["cluster_m"] * config["cluster_n"])
     return _runner(problem, config, cuda.device, blocks, "cuda")
 
 
