@@ -9,7 +9,8 @@
 // With PINGPONG the warpgroups issue their products in turn, so that one's softmax meets another's products.
 //
 // Macros: PRECISION (fp16, bf16), HEAD_DIM, BLOCK_M, BLOCK_N, STAGES (2 or more), CAUSAL, LSE, PINGPONG,
-// PACK (1 or all heads of q to a head of k and v).
+// PACK (1 or all heads of q to a head of k and v), OUT_APART (1: results have shared memory of their own, and the next
+// queries are fetched as soon as the last scores are there; 0: they take the place of the queries).
 #include "hopper.cuh"
 
 using namespace rt;
@@ -27,25 +28,21 @@ __device__ __forceinline__ int query_of(int row) { return PACK == 1 ? row : row 
 __device__ __forceinline__ int head_of(int row) { return PACK == 1 ? 0 : row / QUERIES; }
 
 constexpr int KEYS = BLOCK_N / 2, COLS = D / 2;  // scores and outputs of a thread: two rows, g and g + 8
-constexpr int V_TILES = Q::BYTES + STAGES * K::BYTES, BARRIERS = V_TILES + STAGES * V::BYTES;
+constexpr int V_TILES = Q::BYTES + STAGES * K::BYTES, RESULTS = V_TILES + STAGES * V::BYTES;
+constexpr int BARRIERS = RESULTS + (OUT_APART ? Q::BYTES : 0);
 
 // A block's tiles: heads (packs of them) in groups whose keys and values fit into L2, within a group the longest first.
 // Causal tiles differ in length: `order` deals them out evenly, [rounds, grid], -1 after a block's last.
 struct Schedule {
   const int* order;
-  int blocks, heads, group_heads, total, at, next;
+  int blocks, heads, group_heads, total, round = 0;
   int m0, head, kv_head, count;  // of the current tile: first query, first head of q, head of k and v, key blocks
 
-  __device__ __forceinline__ void begin() {
-    at = blockIdx.x;
-    next = CAUSAL ? order[at] : at;
-  }
-
-  __device__ __forceinline__ bool advance(int q_heads, int kv_heads, int sq, int sk) {
-    const int tile = next;
+  // ALONE: one thread of its warp asks.
+  template <bool ALONE> __device__ __forceinline__ bool advance(int q_heads, int kv_heads, int sq, int sk) {
+    int tile = round++ * gridDim.x + blockIdx.x;
+    if (CAUSAL) tile = ALONE ? order[tile] : uniform(order[tile]);
     if (CAUSAL ? tile < 0 : tile >= total) return false;
-    at += gridDim.x;
-    next = CAUSAL ? order[at] : at;  // read a tile ahead: nobody waits for it
     const int group = tile / (group_heads * blocks), in_group = tile % (group_heads * blocks);
     const int width = min(group_heads, heads - group * group_heads), index = in_group / width;
     m0 = (CAUSAL ? blocks - 1 - index : index) * QUERIES;
@@ -58,7 +55,7 @@ struct Schedule {
 };
 
 struct Pipe {
-  char *q, *k, *v;
+  char *q, *k, *v, *out;
   Barrier *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty, *turn;
 };
 
@@ -139,6 +136,10 @@ struct Consumer {
     if (PINGPONG) arrive_warp(pipe.turn + (group + 1) % GROUPS);
   }
 
+  __device__ __forceinline__ void give_queries_back() {
+    if (OUT_APART) arrive_warp(pipe.q_empty);
+  }
+
   __device__ __forceinline__ void issue_scores(float (&s)[KEYS]) {
     const unsigned long long q = Q::start(pipe.q, 64 * group), k = K::start(pipe.k + k_at.stage * K::BYTES, 0);
 #pragma unroll
@@ -174,6 +175,7 @@ struct Consumer {
     pass_turn();
     wgmma_wait<0>(s);
     arrive_warp(pipe.k_empty + k_at.stage);
+    if (count == 1) give_queries_back();
     k_at.next();
     hide(count - 1);
     softmax.step(s, scale);
@@ -188,6 +190,7 @@ struct Consumer {
       pass_turn();
       wgmma_wait<1>(s);
       arrive_warp(pipe.k_empty + k_at.stage);
+      if (block == 0) give_queries_back();
       k_at.next();
       hide(block);
       softmax.step(s, scale);
@@ -205,13 +208,15 @@ struct Consumer {
     v_at.next();
   }
 
-  // Through the place of our queries, which are no longer needed, to o. value(j): our j-th accumulator.
+  // Through shared memory to o: that of our queries, which are no longer needed, or with OUT_APART our own, from which
+  // the copy of the tile before may still read. value(j): our j-th accumulator.
   template <class Value>
   __device__ __forceinline__ void store(Value value, const TensorMap& out, int m0, int head) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
     const int line = 16 * warp + matrix % 2 * 8 + lane % 8;
-    char* place = pipe.q + group * 64 * 128;
-    named_sync(1 + group, 128);  // all of us have read them
+    char* place = pipe.out + group * 64 * 128;
+    if (OUT_APART && threadIdx.x % 128 == 0) bulk_wait_read<0>();
+    named_sync(1 + group, 128);  // all of us have read the queries, or the copy has read the last results
 #pragma unroll
     for (int q = 0; q < D / 16; q++) {
       unsigned r[4];
@@ -230,8 +235,10 @@ struct Consumer {
           tma_store(out, place + panel * Q::PANEL_BYTES + row * 128, panel * 64, m0 + query_of(64 * group + row),
                     head + head_of(64 * group + row));
       bulk_commit();
-      bulk_wait_read<0>();
-      barrier_arrive(pipe.q_empty);
+      if (!OUT_APART) {
+        bulk_wait_read<0>();
+        barrier_arrive(pipe.q_empty);
+      }
     }
   }
 };
@@ -239,7 +246,7 @@ struct Consumer {
 __device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const TensorMap& q, const TensorMap& k,
                                         const TensorMap& v, int q_heads, int kv_heads, int sq, int sk) {
   Ring<STAGES> k_at, v_at;
-  for (int turn = 0; tiles.advance(q_heads, kv_heads, sq, sk); turn++) {
+  for (int turn = 0; tiles.advance<true>(q_heads, kv_heads, sq, sk); turn++) {
     barrier_wait(pipe.q_empty, (turn & 1) ^ 1);
     barrier_expect(pipe.q_full, Q::BYTES);
 #pragma unroll
@@ -276,14 +283,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                      float* __restrict__ lse, const int* __restrict__ order, int heads, int q_heads, int kv_heads, int sq, int sk, int group_heads,
                      float scale) {
   SHARED_MEMORY(shared);
-  Pipe pipe{shared, shared + Q::BYTES, shared + V_TILES};
+  Pipe pipe{shared, shared + Q::BYTES, shared + V_TILES, OUT_APART ? shared + RESULTS : shared};
   pipe.q_full = reinterpret_cast<Barrier*>(shared + BARRIERS), pipe.q_empty = pipe.q_full + 1;
   pipe.k_full = pipe.q_empty + 1, pipe.k_empty = pipe.k_full + STAGES, pipe.v_full = pipe.k_empty + STAGES;
   pipe.v_empty = pipe.v_full + STAGES, pipe.turn = pipe.v_empty + STAGES;
   if (threadIdx.x == 0) {
     require_alignment(shared);
     barrier_init(pipe.q_full, 1);
-    barrier_init(pipe.q_empty, GROUPS);
+    barrier_init(pipe.q_empty, OUT_APART ? 4 * GROUPS : GROUPS);
     for (int i = 0; i < STAGES; i++) {
       barrier_init(pipe.k_full + i, 1), barrier_init(pipe.v_full + i, 1);
       barrier_init(pipe.k_empty + i, 4 * GROUPS), barrier_init(pipe.v_empty + i, 4 * GROUPS);
@@ -296,7 +303,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Schedule tiles;
   tiles.blocks = (sq + QUERIES - 1) / QUERIES, tiles.heads = heads, tiles.group_heads = group_heads;
   tiles.total = tiles.blocks * heads, tiles.order = order;
-  tiles.begin();
   const int group = warpgroup() - 1;
   if (group < 0) {
     if constexpr (GROUPS > 1) fewer_registers<GROUPS == 2 ? 24 : 32>();
@@ -304,9 +310,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   } else {
     if constexpr (GROUPS > 1) more_registers<GROUPS == 2 ? 240 : 160>();
     Consumer consumer{pipe, group};
-    for (int turn = 0; tiles.advance(q_heads, kv_heads, sq, sk); turn++) {
+    for (int turn = 0; tiles.advance<false>(q_heads, kv_heads, sq, sk); turn++) {
       barrier_wait(pipe.q_full, turn & 1);
       if (CAUSAL && tiles.count == 0) {  // apart from the others: merged with these, 256 columns did not fit (spills)
+        consumer.give_queries_back();
         consumer.store([](int) { return 0.0f; }, out, tiles.m0, tiles.head);
         const int row = 64 * group + threadIdx.x % 128, query = tiles.m0 + query_of(row);
         if (LSE && threadIdx.x % 128 < 64 && query < sq)
@@ -319,5 +326,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       softmax.finish(inverse, lse + (LSE ? (long long)tiles.head * sq : 0), 64 * group, tiles.m0, sq, scale);
       consumer.store([&](int j) { return o[j] * inverse[j / 2 % 2]; }, out, tiles.m0, tiles.head);
     }
+    if (OUT_APART && threadIdx.x % 128 == 0) bulk_wait_read<0>();  // shared memory stays until it is read
   }
 }

@@ -28,14 +28,19 @@ TILE_KEYS = 160  # what a tile takes apart from its keys, in keys
 L2_BYTES = 24 << 20  # about half of an H100's: keys and values of heads that run together take it up to twice
 
 
-def _shared_bytes(config: Config, problem: Problem) -> int:
-    """Queries, rings of keys and values, barriers."""
-    rows = config["block_m"] + 2 * config["num_stages"] * config["block_n"]
+def _shared_bytes(config: Config, problem: Problem, apart: bool) -> int:
+    """Queries, rings of keys and values, results if they have a place of their own, barriers."""
+    rows = config["block_m"] * (1 + apart) + 2 * config["num_stages"] * config["block_n"]
     return int(rows * problem["d"] * 2 + 8 * (2 + 4 * config["num_stages"] + config["block_m"] // 64))
 
 
+def _apart(config: Config, problem: Problem) -> bool:
+    """Whether there is room for results beside the queries: then those of the next tile come during the end of this."""
+    return _shared_bytes(config, problem, True) <= cuda.SHARED_LIMIT
+
+
 def _fits(config: Config, problem: Problem) -> bool:
-    return _shared_bytes(config, problem) <= cuda.SHARED_LIMIT
+    return _shared_bytes(config, problem, False) <= cuda.SHARED_LIMIT
 
 
 def _registers(config: Config, problem: Problem) -> bool:
@@ -103,10 +108,12 @@ def _kernel(problem: Problem, config: Config) -> cuda.Kernel:
         "CAUSAL": int(problem.flag("causal") == "1"),
         "LSE": int(problem.flag("lse") == "1"),
         "PACK": _pack(config, problem),
+        "OUT_APART": int(_apart(config, problem)),
         **cuda.axes(config, BLOCK_M="block_m", BLOCK_N="block_n", STAGES="num_stages", PINGPONG="pingpong"),
     }
     threads, source = 128 * (1 + config["block_m"] // 64), Path(__file__).with_suffix(".cu")
-    return cuda.Kernel(source, "attention_kernel", tuple(macros.items()), threads, _shared_bytes(config, problem))
+    shared = _shared_bytes(config, problem, _apart(config, problem))
+    return cuda.Kernel(source, "attention_kernel", tuple(macros.items()), threads, shared)
 
 
 def _order(lengths: Sequence[int], heads: int, group_heads: int, grid: int) -> list[list[int]]:

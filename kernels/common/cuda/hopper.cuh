@@ -34,9 +34,10 @@ template <int WIDTH> __device__ __forceinline__ int swizzle(int offset) {
   return offset ^ (offset >> 7 & (WIDTH / 16 - 1)) << 4;
 }
 
-// The warpgroup of this thread, said so that the compiler knows it to be one for all lanes: descriptors and
-// addresses computed from it stay in uniform registers.
-__device__ __forceinline__ int warpgroup() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0); }
+// A value that is one for all lanes, said so that the compiler knows: what is computed from it, or in a loop that it
+// ends, stays in uniform registers.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+__device__ __forceinline__ int warpgroup() { return uniform((int)threadIdx.x / 128); }
 
 }  // namespace rt
 
