@@ -50,54 +50,63 @@ template <bool QUADS, int LANES> __device__ __forceinline__ int position(int ind
 constexpr int K_STEP = 32 / (int)sizeof(In);     // k of one mma: 32 bytes in every format
 constexpr int TM = WARP_M / 8, TN = WARP_N / 8;  // groups of eight rows or columns; an mma takes 2 by 1
 
-// r[group][half]: lane 4g + t gets, of element g of the group, bytes 4t..4t+3 of a 16-byte half of k.
-template <class Op, int GROUPS>
-__device__ __forceinline__ void read_fragments(unsigned (&r)[GROUPS][2], const char* tile, int first, int step) {
-  using Tile = typename Op::Tile;
-  const int lane = threadIdx.x % 32;
-  if constexpr (!Op::QUADS) {
-    const int group = lane / 16, half = lane / 8 % 2, within = lane % 8;  // the 8x8 matrix this lane points into
+// What lane 4g + t has of GROUPS groups of eight rows or columns: of element g of a group, bytes 4t..4t+3 of each
+// 16-byte half of k. The registers lie as an mma takes them, those of a (LEFT) for two groups at once: in another
+// order each mma costs four moves, which is what half of the instructions were.
+template <bool LEFT, int GROUPS> struct Fragments {
+  static constexpr int LENGTH = LEFT ? 4 : 2;
+  unsigned r[2 * GROUPS / LENGTH][LENGTH];
+  __device__ __forceinline__ unsigned& at(int group, int half) {
+    return LEFT ? r[group / 2][2 * half + group % 2] : r[group][half];
+  }
+
+  template <class Op> __device__ __forceinline__ void read(const char* tile, int first, int step) {
+    using Tile = typename Op::Tile;
+    const int lane = threadIdx.x % 32;
+    if constexpr (!Op::QUADS) {
+      // the 8x8 matrix this lane points into; their order is that of the registers
+      const int group = LEFT ? lane / 8 % 2 : lane / 16, half = LEFT ? lane / 16 : lane / 8 % 2, within = lane % 8;
 #pragma unroll
-    for (int i = 0; i < GROUPS; i += 2) {
-      unsigned four[4];
-      if (Op::K_MAJOR) load_matrices(four, tile + Tile::at(first + 8 * (i + group) + within, 2 * step + half));
-      else load_matrices_transposed(four, tile + Tile::at(16 * step + 8 * half + within, first / 8 + i + group));
-      r[i][0] = four[0], r[i][1] = four[1], r[i + 1][0] = four[2], r[i + 1][1] = four[3];
-    }
-    if constexpr (PRECISION == TF32) {
+      for (int i = 0; i < GROUPS; i += 2) {
+        unsigned four[4];
+        if (Op::K_MAJOR) load_matrices(four, tile + Tile::at(first + 8 * (i + group) + within, 2 * step + half));
+        else load_matrices_transposed(four, tile + Tile::at(16 * step + 8 * half + within, first / 8 + i + group));
 #pragma unroll
-      for (int i = 0; i < GROUPS; i++)
+        for (int e = 0; e < 4; e++) {
+          if constexpr (PRECISION == TF32) four[e] = to_tf32(__int_as_float(four[e]));
+          r[(2 * i + e) / LENGTH][(2 * i + e) % LENGTH] = four[e];
+        }
+      }
+    } else {
+      const int g = lane / 4, t = lane % 4;
 #pragma unroll
-        for (int h = 0; h < 2; h++) r[i][h] = to_tf32(__int_as_float(r[i][h]));
-    }
-  } else {
-    const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < GROUPS; i += 4) {
 #pragma unroll
-    for (int i = 0; i < GROUPS; i += 4) {
+        for (int half = 0; half < 2; half++) {
+          const int mn = first + 8 * i + 4 * g;
+          if constexpr (sizeof(In) == 4) {
+            const char* quad = tile + Tile::at(8 * step + 4 * half + t, mn / 4);
+            const Vec<float, 4> x = load<float, 4>(reinterpret_cast<const float*>(quad));
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int mn = first + 8 * i + 4 * g;
-        if constexpr (sizeof(In) == 4) {
-          const char* quad = tile + Tile::at(8 * step + 4 * half + t, mn / 4);
-          const Vec<float, 4> x = load<float, 4>(reinterpret_cast<const float*>(quad));
+            for (int j = 0; j < 4; j++) at(i + j, half) = to_tf32(x.v[j]);
+          } else {  // four bytes of four successive k: transpose them
+            unsigned w[4];
 #pragma unroll
-          for (int j = 0; j < 4; j++) r[i + j][half] = to_tf32(x.v[j]);
-        } else {  // four bytes of four successive k: transpose them
-          unsigned w[4];
-#pragma unroll
-          for (int s = 0; s < 4; s++) {
-            const int k = 32 * step + 16 * half + 4 * t + s;
-            w[s] = *reinterpret_cast<const unsigned*>(tile + Tile::at(k, mn / 16) + mn % 16);
+            for (int s = 0; s < 4; s++) {
+              const int k = 32 * step + 16 * half + 4 * t + s;
+              w[s] = *reinterpret_cast<const unsigned*>(tile + Tile::at(k, mn / 16) + mn % 16);
+            }
+            const unsigned low01 = __byte_perm(w[0], w[1], 0x5140), low23 = __byte_perm(w[2], w[3], 0x5140);
+            const unsigned high01 = __byte_perm(w[0], w[1], 0x7362), high23 = __byte_perm(w[2], w[3], 0x7362);
+            at(i, half) = __byte_perm(low01, low23, 0x5410), at(i + 1, half) = __byte_perm(low01, low23, 0x7632);
+            at(i + 2, half) = __byte_perm(high01, high23, 0x5410);
+            at(i + 3, half) = __byte_perm(high01, high23, 0x7632);
           }
-          const unsigned low01 = __byte_perm(w[0], w[1], 0x5140), low23 = __byte_perm(w[2], w[3], 0x5140);
-          const unsigned high01 = __byte_perm(w[0], w[1], 0x7362), high23 = __byte_perm(w[2], w[3], 0x7362);
-          r[i][half] = __byte_perm(low01, low23, 0x5410), r[i + 1][half] = __byte_perm(low01, low23, 0x7632);
-          r[i + 2][half] = __byte_perm(high01, high23, 0x5410), r[i + 3][half] = __byte_perm(high01, high23, 0x7632);
         }
       }
     }
   }
-}
+};
 
 struct Product {
   Acc acc[TM / 2][TN][4] = {};
@@ -107,10 +116,11 @@ struct Product {
     // Fragments of this step and, under way, of the next. 128 accumulators leave no registers for the latter,
     // nor does fp8 on compute capability 9.0, where ptxas widens all steps it sees to fp16: 92 bytes spilled.
     constexpr int BUFFERS = TM * TN <= 32 && PRECISION != FP8 ? 2 : 1;
-    unsigned a[BUFFERS][TM][2], b[BUFFERS][TN][2];
+    Fragments<true, TM> a[BUFFERS];
+    Fragments<false, TN> b[BUFFERS];
     auto read = [&](int step) {
-      read_fragments<A>(a[step % BUFFERS], tile_a, row, step);
-      read_fragments<B>(b[step % BUFFERS], tile_b, col, step);
+      a[step % BUFFERS].template read<A>(tile_a, row, step);
+      b[step % BUFFERS].template read<B>(tile_b, col, step);
     };
     if (BUFFERS == 2) read(0);
 #pragma unroll(PRECISION == FP8 ? 1 : STEPS)
@@ -119,11 +129,9 @@ struct Product {
       if (BUFFERS == 1) read(step);
       else if (step + 1 < STEPS) read(step + 1);
 #pragma unroll
-      for (int i = 0; i < TM / 2; i++) {
-        const unsigned rows[4] = {a[now][2 * i][0], a[now][2 * i + 1][0], a[now][2 * i][1], a[now][2 * i + 1][1]};
+      for (int i = 0; i < TM / 2; i++)
 #pragma unroll
-        for (int j = 0; j < TN; j++) mma<PRECISION>(acc[i][j], rows, b[now][j]);
-      }
+        for (int j = 0; j < TN; j++) mma<PRECISION>(acc[i][j], a[now].r[i], b[now].r[j]);
     }
   }
 
