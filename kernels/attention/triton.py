@@ -12,7 +12,16 @@ from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.attention import results
-from rooftune.kernels.common.triton import SHARED_MAX, Launch, Operand, emulated, native, power_of_two, round_tf32
+from rooftune.kernels.common.triton import (
+    SHARED_MAX,
+    Launch,
+    Operand,
+    emulated,
+    native,
+    power_of_two,
+    roomy,
+    round_tf32,
+)
 
 DEVICES = ("cuda", "rocm")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
@@ -148,10 +157,13 @@ def _tma(config: Config, problem: Problem) -> bool:
 def _default(problem: Problem) -> Config:
     """Tiles that fit the smallest of our architectures (101376 bytes of shared memory), without spills on any.
 
-    At d = 128, 128 rows by 8 warps spilled 128 bytes on sm_80 and 112 on sm_120a; 64 rows by 4 warps do not.
+    At d = 128, 128 rows by 8 warps spilled 128 bytes on sm_80 and 112 on sm_120a; 64 rows by 4 warps do not. Where
+    there is room for it, what an H200 does best.
     """
     size, d = FORMATS[problem.precision].bytes_in, _block_d(problem)
     m, n, warps, stages = (128, 64, 8, 2) if d <= 64 else (64, 64, 4, 2) if d <= 128 else (64, 32, 8, 2)
+    if roomy():
+        m, n, warps, stages = (128, 64, 8, 3) if d <= 64 else (128, 128, 8, 3) if d <= 128 else (128, 64, 8, 2)
     if size == 4:
         m, n, warps, stages = (64, 16, 8, 2) if d <= 128 else (32, 16, 4, 2)
     if problem["sq"] < m:

@@ -16,7 +16,7 @@ from rooftune.check import Run
 from rooftune.core import PRECISIONS as FORMATS
 from rooftune.core import Config, Problem, Resources, Space, UsageError
 from rooftune.kernels.common.resources import worst
-from rooftune.kernels.common.triton import SHARED_MAX, Launch, Operand, emulated, native, power_of_two
+from rooftune.kernels.common.triton import SHARED_MAX, Launch, Operand, emulated, native, power_of_two, roomy
 
 DEVICES = ("cuda", "rocm")
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -214,12 +214,14 @@ def _useful(config: Config, problem: Problem) -> bool:
 
 
 def _default(problem: Problem) -> Config:
-    """Tiles without spills on every architecture, within the shared memory of the smallest."""
+    """Tiles without spills on every architecture, within the shared memory of the smallest; where there is room for
+    it, what an H200 does best."""
     d = _block_d(problem)
-    m1, n1, m2, n2, warps = (32, 128, 128, 32, 8) if d <= 64 else (32, 64, 64, 32, 8)
+    m1, n1, m2, n2, warps, stages = (32, 128, 128, 32, 8, 2) if d <= 64 else (32, 64, 64, 32, 8, 2)
     if d > 128:
         m1, n1, m2, n2 = 16, 32, 32, 16
-    stages = 2
+    elif roomy():
+        m1, n1, m2, n2, warps, stages = (64, 64, 64, 64, 4, 3) if d <= 64 else (32, 128, 128, 64, 8, 3)
     if problem.precision == "fp32":
         m1, n1, m2, n2 = (16, 64, 64, 16) if d <= 64 else (16, 32, 32, 16)
         stages = 2 if d <= 128 else 1

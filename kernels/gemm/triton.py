@@ -18,6 +18,7 @@ from rooftune.kernels.common.triton import (
     multiprocessors,
     native,
     power_of_two,
+    roomy,
     round_tf32,
 )
 
@@ -225,8 +226,23 @@ def _split(config: Config, problem: Problem) -> bool:
     return split == 1 or (legal and (pays or _small(problem)))
 
 
+def _wide(problem: Problem) -> Config | None:
+    """What an H200 does best with 16 and 8 bits, on devices with that much shared memory and with tiles for all of
+    their multiprocessors."""
+    if problem.precision not in ("fp16", "bf16", "fp8") or not roomy():
+        return None
+    size = FORMATS[problem.precision].bytes_in
+    config: Config = {"block_m": 128, "block_n": 256, "block_k": 128 // size, "group_m": 16, "num_warps": 8}
+    config |= {"num_stages": 4 if size == 2 else 3, "schedule": "persistent", "split_k": 1, "subtiles": 2}
+    config["fast_accum"] = problem.precision == "fp8"
+    tiles = triton.cdiv(problem["m"], 128) * triton.cdiv(problem["n"], 256)
+    return config if tiles >= multiprocessors() and _schedule(config, problem) else None
+
+
 def _default(problem: Problem) -> Config:
-    """Tiles that fit the smallest of our architectures (101376 bytes of shared memory)."""
+    """Tiles that fit the smallest of our architectures (101376 bytes of shared memory), or `_wide`."""
+    if (wide := _wide(problem)) is not None:
+        return wide
     m, size = problem["m"], FORMATS[problem.precision].bytes_in
     config = {"group_m": 8, "num_stages": 3, "schedule": "pointer", "split_k": 1, "subtiles": 1}
     config["fast_accum"] = problem.precision == "fp8"
