@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import struct
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -105,17 +106,21 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[Path, str, str]:
             ptx = nvrtc.getPTX(program)
             put(text, ptx if isinstance(ptx, bytes) else ptx.encode())
             put(report, log.encode())
-            put(target, bytes(nvrtc.getCUBIN(program)))
+            put(target, _whole(bytes(nvrtc.getCUBIN(program))))
         finally:
             nvrtc.destroyProgram(program)
     return target, report.read_text(), text.read_text()
 
 
-def _disassemble(cubin: Path) -> str:
-    """SASS by nvdisasm of the PATH or of the triton package; empty if neither can read this file.
+def _whole(cubin: bytes) -> bytes:
+    """CuPy 14 takes the last byte, a zero, for the end of a string and drops it: the driver does not mind, nvdisasm
+    does. The ELF header says how long the file is."""
+    start, (size, count) = struct.unpack_from("<Q", cubin, 32)[0], struct.unpack_from("<HH", cubin, 54)  # e_ph*
+    return cubin.ljust(start + size * count, b"\0")
 
-    A disassembler older than the compiler refuses its files: 13.1 does those of NVRTC 13.5.
-    """
+
+def _disassemble(cubin: Path) -> str:
+    """SASS by nvdisasm of the PATH or of the triton package; empty if neither can read this file."""
     places = [shutil.which("nvdisasm")]
     if (spec := importlib.util.find_spec("triton")) and spec.submodule_search_locations:
         places.append(str(Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / "nvdisasm"))
