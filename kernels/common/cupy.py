@@ -11,12 +11,12 @@ import re
 import shutil
 import struct
 import subprocess
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rooftune.core import CompileError, Resources, Unavailable, UsageError
-from rooftune.kernels.common.cupy_driver import active_clusters
+from rooftune.kernels.common.cupy_driver import Launcher, active_clusters
 from rooftune.kernels.common.cupy_host import host, thread_order
 from rooftune.kernels.common.cupy_kernel import (
     HEADERS,
@@ -31,10 +31,8 @@ from rooftune.kernels.common.cupy_kernel import (
     cache_dir,
     chunk,
     first_errors,
-    pointer,
     put,
 )
-from rooftune.kernels.common.cupy_tensormap import TensorMap, encoded
 
 __all__ = [
     "PRECISION_CODE",
@@ -194,13 +192,6 @@ def hopper_resources(kernel: Kernel, arch: str) -> Resources:
 # ---- on the GPU ----
 
 
-class _Stream:
-    """What CuPy's launch wants of a stream: its address. (`ExternalStream` is deprecated in CuPy 14.)"""
-
-    def __init__(self, address: int) -> None:
-        self.ptr = address
-
-
 def current_arch() -> str:
     """Architecture of torch's current device, with the suffix that opens all of its instructions."""
     import torch
@@ -252,26 +243,12 @@ def device(kernel: Kernel) -> Launch:
         UsageError: the device cannot hold one block.
     """
     import cupy
-    import numpy as np
     import torch
 
     index = torch.cuda.current_device()
     limit = cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
     if kernel.shared_bytes > limit:
         raise UsageError(f"needs {kernel.shared_bytes} bytes of shared memory a block; this device has {limit}")
-    function, block = _load(kernel), (kernel.threads, 1, 1)
-
-    def value(arg: Any) -> Any:
-        if isinstance(arg, TensorMap):
-            return encoded(arg)
-        if isinstance(arg, int):
-            return np.int32(arg)
-        if isinstance(arg, float):
-            return np.float32(arg)
-        return np.uint64(0 if arg is None else pointer(arg))
-
-    def launch(grid: int, *args: Any) -> None:
-        stream = _Stream(torch.cuda.current_stream().cuda_stream)
-        function((grid, 1, 1), block, tuple(value(a) for a in args), kernel.shared_bytes, stream)
-
-    return launch
+    # what Triton asks too: current_stream() makes an object of it, which takes as long as the driver's launch
+    stream = partial(torch._C._cuda_getCurrentRawStream, index)
+    return Launcher(_load(kernel), kernel.threads, kernel.shared_bytes, stream)

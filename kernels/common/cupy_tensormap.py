@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from rooftune.core import Unavailable, UsageError
@@ -23,6 +23,7 @@ BOX_LIMIT = 256  # elements of a box in each direction
 DATA_TYPE = {"int8": 0, "float8_e4m3fn": 0, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9, "tfloat32": 11}
 SWIZZLE = {32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by the bytes of a line of the box
 L2_PROMOTION_256B = 3
+KEPT_MAPS = 256  # of one layout: tensors come and go
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Layout:
     sizes: tuple[int, int, int]
     strides: tuple[int, int]
     box: tuple[int, int]
+    encoded: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)  # address -> the driver's bytes
 
     @property
     def line_bytes(self) -> int:
@@ -98,16 +100,17 @@ def _encode() -> Any:
     return function
 
 
-@lru_cache(maxsize=1024)
-def encoded(argument: TensorMap) -> Any:
-    """The driver's 128 bytes, as a numpy scalar: what CuPy passes by value. Kept by address and layout.
+def encoded(argument: TensorMap) -> int:
+    """Address of the driver's 128 bytes. Kept by the tensor's address, as long as the layout is.
 
     Raises:
         UsageError: the driver refuses the layout.
     """
-    import numpy as np
-
-    made = argument.layout
+    made, kept = argument.layout, argument.layout.encoded
+    if (found := kept.get(argument.address)) is not None:
+        return ctypes.addressof(found)
+    if len(kept) >= KEPT_MAPS:
+        kept.clear()
     room = ctypes.create_string_buffer(BYTES + 64)  # the driver wants its place aligned to 64 bytes
     place = -(-ctypes.addressof(room) // 64) * 64
     failed = _encode()(
@@ -126,4 +129,5 @@ def encoded(argument: TensorMap) -> Any:
     )
     if failed:
         raise UsageError(f"the driver makes no tensor map for {made} (CUresult {failed})")
-    return np.frombuffer(ctypes.string_at(place, BYTES), np.dtype((np.void, BYTES)))[0]
+    kept[argument.address] = ctypes.create_string_buffer(ctypes.string_at(place, BYTES), BYTES)
+    return ctypes.addressof(kept[argument.address])

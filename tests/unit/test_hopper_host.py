@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from rooftune import registry
 from rooftune.check import generator
 from rooftune.core import Unavailable, UsageError
-from rooftune.kernels.common import cupy, cupy_host, cupy_tensormap
+from rooftune.kernels.common import cupy, cupy_driver, cupy_host, cupy_tensormap
 from rooftune.kernels.common.cupy_kernel import Kernel, Launch
 
 try:
@@ -255,14 +256,56 @@ def test_the_driver_gets_the_arguments_it_documents(folder: Path, monkeypatch: p
     monkeypatch.setattr(cupy_tensormap, "_encode", lambda: driver)
     x = torch.zeros(6, 100, 64, dtype=torch.bfloat16)
     made = cupy_tensormap.layout(x.dtype, 2, 100, 64, (32, 48), batches=6)
-    raw = cupy_tensormap.encoded(cupy_tensormap.bind(x, made))
-    assert raw.dtype.itemsize == 128  # a numpy scalar of that size: what CuPy passes by value
-    words = [int.from_bytes(raw.tobytes()[i : i + 8], "little") for i in range(0, 120, 8)]
+    place = cupy_tensormap.encoded(cupy_tensormap.bind(x, made))
+    raw = ctypes.string_at(place, 128)
+    words = [int.from_bytes(raw[i : i + 8], "little") for i in range(0, 120, 8)]
     # bfloat16 is 9, three dimensions; a line of 64 bytes has swizzle 2; promotion to 256 bytes is 3
     assert words[:8] == [9, 3, x.data_ptr(), 64, 100, 6, 128, 12800]
     assert words[8:] == [32, 48, 1, 1, 1, 1, 2 << 8 | 3 << 16]
     with pytest.raises(UsageError, match="the driver makes no tensor map"):
         cupy_tensormap.encoded(cupy_tensormap.bind(x, cupy_tensormap.layout(x.dtype, 2, 100, 64, (32, 255), 6)))
+
+
+LAUNCH = r"""
+#include <string.h>
+static unsigned seen[8];
+static char bytes[5][128];
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+    unsigned shared, void* stream, void** arguments, void** more) {
+  unsigned now[8] = {gx, gy, gz, bx, by, bz, shared, (unsigned)((long)function + (long)stream)};
+  const int sizes[5] = {128, 8, 8, 4, 4};
+  memcpy(seen, now, sizeof now);
+  for (int i = 0; i < 5; i++) memcpy(bytes[i], arguments[i], sizes[i]);
+  return more || gx == 99;
+}
+void* numbers() { return seen; }
+void* argument(int i) { return bytes[i]; }
+"""
+
+
+def test_a_launch_passes_what_the_driver_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = []
+    for number, text in enumerate((DRIVER, LAUNCH)):
+        library = folder / f"libfake{number}.so"
+        command = [cupy_host.compiler(), "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=text, text=True, check=True, capture_output=True)
+        libraries.append(ctypes.CDLL(str(library)))
+    monkeypatch.setattr(cupy_tensormap, "_encode", lambda: libraries[0].cuTensorMapEncodeTiled)
+    fake = libraries[1]
+    fake.numbers.restype = fake.argument.restype = ctypes.c_void_p
+    launch = cupy_driver.Launcher(SimpleNamespace(ptr=5), 96, 70_000, lambda: 7, fake.cuLaunchKernel)
+    x, y = torch.zeros(100, 64, dtype=torch.bfloat16), torch.zeros(32)
+    made = cupy_tensormap.layout(x.dtype, 2, 100, 64, (32, 48))
+    for tensor, number, real in ((y, -3, 0.5), (None, 2**31 - 1, -2.0)):
+        launch(12, cupy_tensormap.bind(x, made), tensor, None, number, real)
+        assert list((ctypes.c_uint * 8).from_address(fake.numbers())) == [12, 1, 1, 96, 1, 1, 70_000, 12]
+        kinds = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_float)
+        seen = [kind.from_address(fake.argument(i)).value for i, kind in enumerate(kinds)]
+        assert seen == [9, y.data_ptr() if tensor is not None else 0, 0, number, real]  # 9: bfloat16, of the map
+    with pytest.raises(OverflowError, match="argument 3 of a launch is 2147483648: beyond 32 bits"):
+        launch(12, cupy_tensormap.bind(x, made), y, None, 2**31, 0.5)
+    with pytest.raises(RuntimeError, match="refuses the launch of 99 blocks"):
+        launch(99, cupy_tensormap.bind(x, made), y, None, 1, 0.5)
 
 
 SEVERAL = """
