@@ -82,9 +82,11 @@ struct Walk {
   }
 };
 
+// Tiles of a stage are given back together with KEYS, where the last products of a step read both; else a2 b2^T is all
+// that reads the second one.
 struct Pipe {
   char *own1, *own2, *ring;
-  Barrier *own_full, *full1, *full2, *empty;
+  Barrier *own_full, *full1, *full2, *empty1, *empty2;
   __device__ __forceinline__ char* tile1(int stage) const { return ring + stage * STAGE; }
   __device__ __forceinline__ char* tile2(int stage) const { return ring + stage * STAGE + TILE; }
   __device__ __forceinline__ const char* stats(int stage) const { return ring + stage * STAGE + 2 * TILE; }
@@ -182,7 +184,7 @@ struct Consumer {
       wgmma_fence(s);
       issue_rows(s, pipe.own1, group, tile1);
       wgmma_wait<1>(p, ds);  // the sums of the step before: its weights' registers are free for this one's
-      if (step > 0) arrive_warp(pipe.empty + before);
+      if (step > 0) arrive_warp(pipe.empty1 + before);
       barrier_wait(pipe.full2 + now.stage, now.phase);
       wgmma_fence(dp);
       issue_rows(dp, pipe.own2, group, tile2);
@@ -196,6 +198,7 @@ struct Consumer {
         wgmma_wait<1>(dp);
       } else {
         wgmma_wait<0>(dp);
+        arrive_warp(pipe.empty2 + now.stage);
       }
       slope(s, dp, stats);
       to_operand(ds, s);
@@ -244,10 +247,11 @@ __device__ __forceinline__ void produce(const Pipe& pipe, const Walk& walk, cons
     const int head = KEYS ? walk.head * shared_by + i : walk.head / shared_by;
     for (int block = walk.first; block < walk.end; block++, now.next()) {
       Barrier *full1 = pipe.full1 + now.stage, *full2 = pipe.full2 + now.stage;
-      barrier_wait(pipe.empty + now.stage, now.phase ^ 1);
+      barrier_wait(pipe.empty1 + now.stage, now.phase ^ 1);
       barrier_expect(full1, TILE + STATS_BYTES);
       Along::fetch<1>(pipe.tile1(now.stage), b1, full1, block * BLOCK, 0, head, 0, 0);
       if (KEYS) tma_load(const_cast<char*>(pipe.stats(now.stage)), stats, full1, 0, block * (BLOCK / 16), head);
+      if (!KEYS) barrier_wait(pipe.empty2 + now.stage, now.phase ^ 1);
       barrier_expect(full2, TILE);
       Along::fetch<1>(pipe.tile2(now.stage), b2, full2, block * BLOCK, 0, head, 0, 0);
     }
@@ -267,25 +271,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   SHARED_MEMORY(shared);
   Pipe pipe{shared, shared + Owned::BYTES, shared + RING};
   pipe.own_full = reinterpret_cast<Barrier*>(shared + BARRIERS), pipe.full1 = pipe.own_full + 1;
-  pipe.full2 = pipe.full1 + STAGES, pipe.empty = pipe.full2 + STAGES;
+  pipe.full2 = pipe.full1 + STAGES, pipe.empty1 = pipe.full2 + STAGES, pipe.empty2 = pipe.empty1 + STAGES;
   if (threadIdx.x == 0) {
     require_alignment(shared);
     barrier_init(pipe.own_full, 1);
     for (int i = 0; i < STAGES; i++) {
       barrier_init(pipe.full1 + i, 1), barrier_init(pipe.full2 + i, 1);
-      barrier_init(pipe.empty + i, 4 * GROUPS);
+      barrier_init(pipe.empty1 + i, 4 * GROUPS), barrier_init(pipe.empty2 + i, 4 * GROUPS);
     }
     barrier_init_fence();
   }
   __syncthreads();
 
-  const Walk walk(heads, group_heads, shared_by, sq, sk);
   const int group = warpgroup() - 1;
   if (group < 0) {
     if constexpr (GROUPS > 1) fewer_registers<GROUPS == 2 ? 24 : 32>();
+    const Walk walk(heads, group_heads, shared_by, sq, sk);  // in both branches: kept across them, it was spilled
     if (threadIdx.x == 0 && walk.total) produce(pipe, walk, a1, a2, b1, b2, pairs, shared_by);
   } else {
     if constexpr (GROUPS > 1) more_registers<GROUPS == 2 ? 240 : 160>();
+    const Walk walk(heads, group_heads, shared_by, sq, sk);
     Consumer consumer{pipe, group};
     if (!KEYS && walk.total == 0) {
       consumer.store([](int) { return 0.0f; }, out1, pipe.own1, walk);

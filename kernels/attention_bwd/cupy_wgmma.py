@@ -45,13 +45,13 @@ class _Role:
         """Owned rows of two tensors, a ring of passing ones, statistics of queries that pass, barriers."""
         row, stages = 2 * problem["d"], config["num_stages"]
         stage = 2 * config[self.passing] * row + self.keys * STATS_ROOM
-        return int(2 * config[self.own] * row + stages * stage + 8 * (1 + 3 * stages))
+        return int(2 * config[self.own] * row + stages * stage + 8 * (1 + 4 * stages))
 
     def registers(self, config: Config, problem: Problem) -> int:
-        """Of a thread: sums, scores and slopes, and the 16-bit weights of the first product (of the second one they
-        take the place of the scores)."""
-        held = (1 + self.keys) * problem["d"] // 2 + config[self.passing]
-        return int(held + config[self.passing] // 4 + OTHER_REGISTERS)
+        """Of a thread: sums, scores and slopes (whose places the 16-bit weights take), and for dv the weights that its
+        product still reads beside them."""
+        held = (1 + self.keys) * problem["d"] // 2 + config[self.passing] + self.keys * config[self.passing] // 4
+        return int(held + OTHER_REGISTERS)
 
 
 ROLES = (_Role("block_n1", "block_m1", 1), _Role("block_m2", "block_n2", 0))
@@ -73,16 +73,16 @@ def _default(problem: Problem) -> Config:
         "block_m1": 64 if wide else 96,
         "block_m2": 64 if problem["sq"] <= 64 else 128,
         "block_n2": 96 if wide else 128,
-        "num_stages": 2,
+        "num_stages": 3,
     }
 
 
 SPACE = Space(
     axes={
         "block_n1": (64, 128, 192),
-        "block_m1": (32, 48, 64, 80, 96, 112, 128),
+        "block_m1": (48, 64, 80, 96, 112),
         "block_m2": (64, 128, 192),
-        "block_n2": (64, 80, 96, 112, 128),
+        "block_n2": (64, 80, 96, 112, 128, 144, 160, 176),
         "num_stages": (2, 3, 4),
     },
     where=(_fits, _held),
