@@ -27,7 +27,10 @@ ARCH = "sm_90a"
 PANEL = 64  # elements of a swizzled line of 128 bytes
 STATS_LINE = 32  # fp32 statistics of such a line
 STATS_ROOM = 1024  # bytes, of a stage's statistics
+BARRIER = 8  # bytes
+MOST_STAGES = 4
 PREPARE_WARPS = 8
+MULTIPROCESSORS = 132  # of an H100 or H200
 L2_BYTES = 24 << 20  # half of an H100's: what the passing rows of heads that run together may take
 REGISTERS = {64: 255, 128: 240, 192: 160}  # of a consumer thread, by the rows that a block owns
 OTHER_REGISTERS = 22  # addresses, statistics, counters
@@ -41,11 +44,14 @@ class _Role:
     passing: str
     keys: int
 
-    def shared_bytes(self, config: Config, problem: Problem) -> int:
-        """Owned rows of two tensors, a ring of passing ones, statistics of queries that pass, barriers."""
-        row, stages = 2 * problem["d"], config["num_stages"]
-        stage = 2 * config[self.passing] * row + self.keys * STATS_ROOM
-        return int(2 * config[self.own] * row + stages * stage + 8 * (1 + 4 * stages))
+    def ring(self, config: Config, problem: Problem) -> tuple[int, int]:
+        """Stages and bytes of shared memory: owned rows of two tensors, as many stages as fit (registers leave room for
+        one block a multiprocessor), each with barriers, passing rows, and statistics if these are of queries."""
+        row = 2 * 2 * problem["d"]
+        owned = config[self.own] * row + BARRIER
+        stage = config[self.passing] * row + self.keys * STATS_ROOM + 4 * BARRIER
+        stages = min((cuda.SHARED_LIMIT - owned) // stage, MOST_STAGES)
+        return stages, owned + stages * stage
 
     def registers(self, config: Config, problem: Problem) -> int:
         """Of a thread: sums, scores and slopes (whose places the 16-bit weights take), and for dv the weights that its
@@ -58,7 +64,7 @@ ROLES = (_Role("block_n1", "block_m1", 1), _Role("block_m2", "block_n2", 0))
 
 
 def _fits(config: Config, problem: Problem) -> bool:
-    return max(role.shared_bytes(config, problem) for role in ROLES) <= cuda.SHARED_LIMIT
+    return min(role.ring(config, problem)[0] for role in ROLES) >= 2
 
 
 def _held(config: Config, problem: Problem) -> bool:
@@ -66,14 +72,18 @@ def _held(config: Config, problem: Problem) -> bool:
 
 
 def _default(problem: Problem) -> Config:
-    """128 rows a block, 64 if there are no more."""
-    wide = problem["d"] == 128
+    """128 rows a block; 64 if there are no more, or if one wave holds twice the blocks. What passes, and is read by
+    tensor cores once for 64 owned rows, is as wide as registers allow, with a ring that has room to run ahead."""
+
+    def own(rows: int, heads: int) -> int:
+        return 64 if rows <= 64 or 2 * -(-rows // 128) * heads <= MULTIPROCESSORS else 128
+
+    wide, heads = problem["d"] == 128, problem["b"] * problem["h"]
     return {
-        "block_n1": 64 if problem["sk"] <= 64 else 128,
+        "block_n1": own(problem["sk"], problem["b"] * problem["hkv"]),
         "block_m1": 64 if wide else 96,
-        "block_m2": 64 if problem["sq"] <= 64 else 128,
+        "block_m2": own(problem["sq"], heads),
         "block_n2": 96 if wide else 128,
-        "num_stages": 3,
     }
 
 
@@ -83,7 +93,6 @@ SPACE = Space(
         "block_m1": (48, 64, 80, 96, 112),
         "block_m2": (64, 128, 192),
         "block_n2": (64, 80, 96, 112, 128, 144, 160, 176),
-        "num_stages": (2, 3, 4),
     },
     where=(_fits, _held),
     default=_default,
@@ -102,9 +111,10 @@ def _kernels(problem: Problem, config: Config) -> list[cuda.Kernel]:
     prepare = {**base, "NUM_WARPS": PREPARE_WARPS, "PREPARE": 1}
     kernels = [cuda.Kernel(source, "prepare_kernel", tuple(prepare.items()), 32 * PREPARE_WARPS)]
     for role in ROLES:
-        macros = {**base, **cuda.axes(config, OWN=role.own, BLOCK=role.passing, STAGES="num_stages")}
+        stages, shared = role.ring(config, problem)
+        macros = {**base, **cuda.axes(config, OWN=role.own, BLOCK=role.passing), "STAGES": stages}
         macros |= {"CAUSAL": int(problem.flag("causal") == "1"), "KEYS": role.keys, "PREPARE": 0}
-        threads, shared = 128 * (1 + config[role.own] // 64), role.shared_bytes(config, problem)
+        threads = 128 * (1 + config[role.own] // 64)
         kernels.append(cuda.Kernel(source, "backward_kernel", tuple(macros.items()), threads, shared))
     return kernels
 
