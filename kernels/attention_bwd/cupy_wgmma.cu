@@ -245,6 +245,7 @@ __device__ __forceinline__ void produce(const Pipe& pipe, const Walk& walk, cons
   Ring<STAGES> now;
   for (int i = 0; i < walk.passing_heads; i++) {
     const int head = KEYS ? walk.head * shared_by + i : walk.head / shared_by;
+#pragma unroll 1  // four times was more than the 24 registers that are left
     for (int block = walk.first; block < walk.end; block++, now.next()) {
       Barrier *full1 = pipe.full1 + now.stage, *full2 = pipe.full2 + now.stage;
       barrier_wait(pipe.empty1 + now.stage, now.phase ^ 1);
@@ -307,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       consumer.add_up(sum1, sum2, walk, sk, scale);
       named_sync(1 + group, 128);  // all of us have read the owned rows
       if constexpr (KEYS) consumer.store([&](int j) { return sum2[j]; }, out2, pipe.own2, walk);
-      consumer.store([&](int j) { return sum1[j] * (scale / LOG2E); }, out1, pipe.own1, walk);
+      consumer.store([&](int j) { return sum1[j] * (scale * LN2); }, out1, pipe.own1, walk);
     }
     if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
   }
