@@ -120,12 +120,11 @@ __device__ __forceinline__ void issue_rows(float (&d)[COLS], const char* own, in
   wgmma_commit();
 }
 // sum[64, D] += w[64, BLOCK] b[BLOCK, D]
-__device__ __forceinline__ void issue_sum(float (&sum)[SUMS], const unsigned (&w)[BLOCK / 16][4], const char* tile,
-                                          bool add) {
+__device__ __forceinline__ void issue_sum(float (&sum)[SUMS], const unsigned (&w)[BLOCK / 16][4], const char* tile) {
   const unsigned long long b = Across::start(tile, 0);
 #pragma unroll
   for (int step = 0; step < Across::STEPS; step++)
-    wgmma<PRECISION, D, 1>(sum, w[step], Across::step(b, step), add || step > 0);
+    wgmma<PRECISION, D, 1>(sum, w[step], Across::step(b, step), 1);
   wgmma_commit();
 }
 
@@ -171,30 +170,51 @@ struct Consumer {
     }
   }
 
+  // Whether none of our rows meets any of those that pass from `at` on: 64 rows beside the diagonal.
+  __device__ __forceinline__ bool apart(const Walk& walk, int at) const {
+    const int least = walk.own0 + 64 * group;
+    return CAUSAL && (KEYS ? least > at + BLOCK - 1 + walk.ahead : at > least + 63 + walk.ahead);
+  }
+  // The products that read a tile for the last time are done.
+  __device__ __forceinline__ void give_back(int stage) const {
+    if (stage >= 0) arrive_warp(pipe.empty1 + stage);
+  }
+
   __device__ __forceinline__ void add_up(float (&sum1)[SUMS], float (&sum2)[SUMS], const Walk& walk, int sk,
                                          float scale) const {
     float s[COLS], dp[COLS];
     unsigned p[BLOCK / 16][4] = {}, ds[BLOCK / 16][4] = {};
     Ring<STAGES> now;
-    int block = walk.first, before = 0;  // stage of the step before
-    barrier_wait(pipe.own_full, 0);
-    for (int step = 0; step < walk.total; step++) {
+    int block = walk.first, before = -1;  // `before`: stage whose sums are under way
+    wgmma_fence(sum1, sum2);
+    for (int step = 0; step < walk.total; step++, now.next()) {
       const char *tile1 = pipe.tile1(now.stage), *tile2 = pipe.tile2(now.stage), *stats = pipe.stats(now.stage);
+      const int at = block * BLOCK;
+      if (++block == walk.end) block = walk.first;
       barrier_wait(pipe.full1 + now.stage, now.phase);
+      if (apart(walk, at)) {
+        wgmma_wait<0>(p, ds);
+        give_back(before);
+        before = now.stage;
+        barrier_wait(pipe.full2 + now.stage, now.phase);
+        if (!KEYS) arrive_warp(pipe.empty2 + now.stage);
+        continue;
+      }
       wgmma_fence(s);
       issue_rows(s, pipe.own1, group, tile1);
       wgmma_wait<1>(p, ds);  // the sums of the step before: its weights' registers are free for this one's
-      if (step > 0) arrive_warp(pipe.empty1 + before);
+      give_back(before);
+      before = now.stage;
       barrier_wait(pipe.full2 + now.stage, now.phase);
       wgmma_fence(dp);
       issue_rows(dp, pipe.own2, group, tile2);
       wgmma_wait<1>(s);
-      hide(s, walk, block * BLOCK, sk);
+      hide(s, walk, at, sk);
       weigh(s, stats, scale);
       if constexpr (KEYS) {
         to_operand(p, s);
         wgmma_fence(p);
-        issue_sum(sum2, p, tile2, step > 0);
+        issue_sum(sum2, p, tile2);
         wgmma_wait<1>(dp);
       } else {
         wgmma_wait<0>(dp);
@@ -203,12 +223,9 @@ struct Consumer {
       slope(s, dp, stats);
       to_operand(ds, s);
       wgmma_fence(ds);
-      issue_sum(sum1, ds, tile1, step > 0);
-      before = now.stage;
-      now.next();
-      if (++block == walk.end) block = walk.first;
+      issue_sum(sum1, ds, tile1);
     }
-    wgmma_wait<0>(sum1);
+    wgmma_wait<0>(sum1, sum2);
   }
 
   // Through the place of our owned rows, which are no longer needed, to memory. value(j): our j-th accumulator.
@@ -293,23 +310,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if constexpr (GROUPS > 1) more_registers<GROUPS == 2 ? 240 : 160>();
     const Walk walk(heads, group_heads, shared_by, sq, sk);
     Consumer consumer{pipe, group};
-    if (!KEYS && walk.total == 0) {
-      consumer.store([](int) { return 0.0f; }, out1, pipe.own1, walk);
-    } else {
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int query = walk.own0 + consumer.row() + 8 * r;
-        if (!KEYS && query < sq) {
-          consumer.level[r] = stats[stats_at(walk.head, query, sq)];
-          consumer.mean[r] = stats[stats_at(walk.head, query, sq) + STATS_BLOCK];
-        }
+    for (int r = 0; r < 2; r++) {
+      const int query = walk.own0 + consumer.row() + 8 * r;
+      if (!KEYS && query < sq) {
+        consumer.level[r] = stats[stats_at(walk.head, query, sq)];
+        consumer.mean[r] = stats[stats_at(walk.head, query, sq) + STATS_BLOCK];
       }
-      float sum1[SUMS], sum2[SUMS];
-      consumer.add_up(sum1, sum2, walk, sk, scale);
-      named_sync(1 + group, 128);  // all of us have read the owned rows
-      if constexpr (KEYS) consumer.store([&](int j) { return sum2[j]; }, out2, pipe.own2, walk);
-      consumer.store([&](int j) { return sum1[j] * (scale * LN2); }, out1, pipe.own1, walk);
     }
+    float sum1[SUMS] = {}, sum2[SUMS] = {};
+    if (walk.total) barrier_wait(pipe.own_full, 0);
+    consumer.add_up(sum1, sum2, walk, sk, scale);
+    named_sync(1 + group, 128);  // all of us have read the owned rows
+    if constexpr (KEYS) consumer.store([&](int j) { return sum2[j]; }, out2, pipe.own2, walk);
+    consumer.store([&](int j) { return sum1[j] * (scale * LN2); }, out1, pipe.own1, walk);
     if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
   }
 }
