@@ -22,6 +22,7 @@ from rooftune.autotune.ranking_parts import (
     ceil,
     feed_rate,
     joined,
+    registers_of,
     resident,
     stages_of,
 )
@@ -45,7 +46,7 @@ class _Launch:
 
 def _launches(problem: Problem, config: Config) -> list[_Launch] | None:
     sq, sk, group = problem["sq"], problem["sk"], problem["h"] // problem["hkv"]
-    if {"block_m1", "block_n1", "block_m2", "block_n2"} <= set(config):  # Triton
+    if {"block_m1", "block_n1", "block_m2", "block_n2"} <= set(config):  # Triton, and CUDA C++ with wgmma
         keys, queries = config["block_n1"], config["block_m2"]
     elif {"block_m1", "block_n2", "num_warps"} <= set(config):  # CUDA C++: 16 rows a warp
         keys = queries = 16 * config["num_warps"]
@@ -77,12 +78,14 @@ def attention_backward(
 def _launch(
     problem: Problem, config: Config, traits: Traits, gpu: Gpu, launch: _Launch, compiled: Resources | None
 ) -> float:
-    d, warps, stages = problem["d"], int(config["num_warps"]), stages_of(config)
+    # Without an axis for it: 16 rows a warp, and a warpgroup that loads.
+    d, computing, stages = problem["d"], int(config.get("num_warps", launch.own // 16)), stages_of(config)
+    warps = computing + (4 if traits.warpgroup else 0)
     size, own, passing = PRECISIONS[problem.precision].bytes_in, launch.own, launch.passing
     simt = problem.precision == "fp32"
-    held = own * (launch.sums * d + 2 * passing) // (32 * warps)
+    held = own * (launch.sums * d + 2 * passing) // (32 * computing)
     shared = 2 * (own + stages * passing) * d * size
-    blocks, slower = resident(gpu, config, warps, held + 60, shared, compiled)
+    blocks, slower = resident(gpu, config, warps, registers_of(traits, warps, held, held + 60), shared, compiled)
     if not blocks:
         return math.inf
     wide = traits.wide(own, warps, gpu, compiled) and not simt
