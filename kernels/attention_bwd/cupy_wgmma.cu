@@ -184,22 +184,20 @@ struct Consumer {
                                          float scale) const {
     float s[COLS], dp[COLS];
     unsigned p[BLOCK / 16][4] = {}, ds[BLOCK / 16][4] = {};
-    Ring<STAGES> now, next;
+    Ring<STAGES> now;
     int block = walk.first, before = -1;  // `before`: stage whose sums are under way
     wgmma_fence(sum1, sum2);
-    for (int step = 0; step < walk.total; step++, now = next) {
+    for (int step = 0; step < walk.total; step++, now.next()) {
       const char *tile1 = pipe.tile1(now.stage), *tile2 = pipe.tile2(now.stage), *stats = pipe.stats(now.stage);
       const int at = block * BLOCK;
       if (++block == walk.end) block = walk.first;
-      next.next();
-      if (KEYS || step == 0) barrier_wait(pipe.full1 + now.stage, now.phase);
+      barrier_wait(pipe.full1 + now.stage, now.phase);
       if (apart(walk, at)) {
         wgmma_wait<0>(p, ds);
         give_back(before);
         before = now.stage;
         barrier_wait(pipe.full2 + now.stage, now.phase);
         if (!KEYS) arrive_warp(pipe.empty2 + now.stage);
-        if (!KEYS && step + 1 < walk.total) barrier_wait(pipe.full1 + next.stage, next.phase);
         continue;
       }
       wgmma_fence(s);
@@ -219,10 +217,10 @@ struct Consumer {
         issue_sum(sum2, p, tile2);
         wgmma_wait<1>(dp);
       } else {
-        // Nothing else would hold the exponentials above the wait for dp: ptxas moves them down to the slopes, but not
-        // past a loop. This one is due soon anyway; the fence is for the order in front of it.
+        // Nothing else holds the exponentials above the wait for dp: ptxas moved them down to the slopes, but does not
+        // past a loop. This one ends at once, its phase is over; the fence keeps them above it before ptxas.
         wgmma_fence(s);
-        if (step + 1 < walk.total) barrier_wait(pipe.full1 + next.stage, next.phase);
+        barrier_wait(pipe.full2 + now.stage, now.phase);
         wgmma_wait<0>(dp);
         arrive_warp(pipe.empty2 + now.stage);
       }
