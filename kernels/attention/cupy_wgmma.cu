@@ -10,7 +10,8 @@
 //
 // Macros: PRECISION (fp16, bf16), HEAD_DIM, BLOCK_M, BLOCK_N, STAGES (2 or more), CAUSAL, LSE, PINGPONG,
 // PACK (1 or all heads of q to a head of k and v), OUT_APART (1: results have shared memory of their own, and the next
-// queries are fetched as soon as the last scores are there; 0: they take the place of the queries).
+// queries are fetched as soon as the last scores are there; 0: they take the place of the queries), LATE_WAIT (1: ptxas
+// is kept from waiting for the product with v before the exponentials that should run beside it).
 #include "hopper.cuh"
 
 using namespace rt;
@@ -194,6 +195,10 @@ struct Consumer {
       k_at.next();
       hide(block);
       softmax.step(s, scale);
+      if (LATE_WAIT) {
+        wgmma_fence(s, softmax.sum, softmax.shrink);
+        barrier_wait(pipe.v_full + v_at.stage, v_at.phase);  // over since long: a loop that ptxas moves nothing past
+      }
       wgmma_wait<0>(o, p);
       arrive_warp(pipe.v_empty + v_at.stage);
       v_at.next();
