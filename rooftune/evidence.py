@@ -7,7 +7,7 @@ and reads registers, spills, shared memory and tensor-core instructions from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from rooftune.results.record import Record
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 COMPILE_S = 180.0
 EMULATE_S = 600.0
-READ_BYTES = 16 * 2**20  # of stored runs that are looked at for the best evidence; the newest come first
+READ_BYTES = 16 * 2**20  # of one's own stored runs that are looked at for the best evidence, the newest first
 Event = Callable[[str, str], None]
 
 
@@ -68,17 +68,23 @@ def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict
     if not asked:
         return {}
     found: dict[str, dict[str, dict[Evidence, str]]] = {}  # competitor -> source -> kind -> device
-    paths = [*store.list_runs(), *store.list_runs(store.REFERENCE)] if runs is None else list(runs)
-    left = READ_BYTES
+    paths = [*_newest(), *store.list_runs(store.REFERENCE)] if runs is None else list(runs)
     for path in paths:
-        left -= path.stat().st_size
-        if left < 0:
-            break
         for line in store.Log(path).read()[0]:
             if line.get("kind") in ("result", "static") and line.get("status") == Status.OK and line.get("source_hash"):
                 kinds = found.setdefault(str(line.get("impl")), {}).setdefault(str(line["source_hash"]), {})
                 kinds.setdefault(Evidence(line["evidence"]), str((line.get("device") or {}).get("name") or ""))
     return {impl.key: _standing(impl, found.get(impl.key, {})) for impl in asked}
+
+
+def _newest() -> Iterator[Path]:
+    """One's own stored runs, the newest first, as many as `READ_BYTES` allow."""
+    left = READ_BYTES
+    for path in store.list_runs():
+        left -= path.stat().st_size
+        if left < 0:
+            return
+        yield path
 
 
 def _standing(impl: Impl, sources: dict[str, dict[Evidence, str]]) -> Standing:
