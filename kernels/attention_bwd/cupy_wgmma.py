@@ -77,15 +77,12 @@ def _default(problem: Problem) -> Config:
     def own(rows: int, heads: int) -> int:
         return 64 if rows <= 64 or 2 * -(-rows // 128) * heads <= MULTIPROCESSORS else 128
 
-    wide, heads, sq = problem["d"] == 128, problem["b"] * problem["h"], problem["sq"]
-    rows, passing = own(sq, heads), 96 if wide else 144
-    if wide and problem.flag("causal") == "1" and rows == 128 and sq >= 2048:  # 1.03 times as fast on an H200
-        rows, passing = 192, 64
+    wide, heads = problem["d"] == 128, problem["b"] * problem["h"]
     return {
         "block_n1": own(problem["sk"], problem["b"] * problem["hkv"]),
         "block_m1": 64 if wide else 112,
-        "block_m2": rows,
-        "block_n2": passing,
+        "block_m2": own(problem["sq"], heads),
+        "block_n2": 96 if wide else 144,
     }
 
 
