@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from rooftune.commands import campaign_phases, campaign_summary, campaign_tune
 from rooftune.commands.campaign_plan import Home, Plan
 from rooftune.commands.campaign_work import Campaign
 from rooftune.core import ExitCode
+from rooftune.lab import OutOfTime
 from rooftune.results import store
 from rooftune.results.record import Record
 
@@ -47,6 +49,48 @@ def record(number: int = 0, rounds: int = 6) -> Record:
 
 def home(tmp_path: Path, said: list[str] | None = None) -> Home:
     return Home(tmp_path / "out", (said if said is not None else []).append)
+
+
+# --- what is compiled ahead ---
+
+
+def test_a_gpu_compiles_for_shapes_while_others_are_checked(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def prepare(impl: Any, problem: Any, config: Any, seed: int, thorough: bool) -> Any:
+        asked.append(f"{impl.key} {problem} {config} {thorough}")
+        if len(asked) == 1:
+            return SimpleNamespace(ok=True, data={"handle": 7})
+        raise OutOfTime("over")
+
+    released: list[int] = []
+    lab = SimpleNamespace(
+        space=lambda impl, problem: {"default": {"call": "compile"}},
+        prepare=prepare,
+        release=lambda impl, handle: released.append(handle),
+    )
+    work = work_on_h200(tmp_path, [], {})
+    work.session.lab = lab  # type: ignore[assignment]
+    names = (
+        "gemm[m=64,n=64,k=64,bf16]",
+        "softmax[m=64,n=64,bf16]",
+        "gemm[m=32,n=32,k=32,bf16]",
+        "gemm[m=16,n=16,k=16,bf16]",
+    )
+    work.problems = [registry.problem(name) for name in names]
+    (compiler,) = campaign_phases._compilers(work)
+    assert compiler.key == "gemm/torch_compile"
+    work.home.finish(f"race {work.problems[0]} digest", "race", "ok")  # raced in an earlier sitting
+    campaign_phases._compile_ahead(work, compiler, threading.Event())
+    told = "gemm/torch_compile {} {{'call': 'compile'}} False"
+    assert asked == [told.format(names[2]), told.format(names[3])]  # no softmax, and no error from the plan's end
+    assert released == [7]
+    over = threading.Event()
+    over.set()
+    campaign_phases._compile_ahead(work, compiler, over)
+    assert len(asked) == 2
+    work.session.device.kind = "cpu"  # type: ignore[misc]
+    assert campaign_phases._compilers(work) == []
 
 
 # --- who races ------------------------------------------------------------------------------------------------------
