@@ -279,14 +279,14 @@ __device__ __forceinline__ void produce(const Pipe& pipe, Schedule tiles, const 
   }
 }
 
-// q, out: maps of [b h, sq, D]; k, v: of [b hkv, sk, D]; lse: [b h, sq], with LSE only; order: see Schedule. `scale` is log2(e) / sqrt(D);
-// `heads` = b h / PACK; group_heads: of those, scheduled together. Causal: query i sees keys up to i + sk - sq; one
-// that sees none is 0.
+// q, out: maps of [b h, sq, D]; k, v: of [b hkv, sk, D]; lse: [b h, sq], with LSE only; order: see Schedule. `scale` is
+// log2(e) / sqrt(D); `heads` = b h / PACK; group_heads: of those, scheduled together. Causal: query i sees keys up to
+// i + sk - sq; one that sees none is 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_kernel(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                      const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap out,
-                     float* __restrict__ lse, const int* __restrict__ order, int heads, int q_heads, int kv_heads, int sq, int sk, int group_heads,
-                     float scale) {
+                     float* __restrict__ lse, const int* __restrict__ order, int heads, int q_heads, int kv_heads,
+                     int sq, int sk, int group_heads, float scale) {
   SHARED_MEMORY(shared);
   Pipe pipe{shared, shared + Q::BYTES, shared + V_TILES, OUT_APART ? shared + RESULTS : shared};
   pipe.q_full = reinterpret_cast<Barrier*>(shared + BARRIERS), pipe.q_empty = pipe.q_full + 1;

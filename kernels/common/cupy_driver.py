@@ -66,25 +66,24 @@ class Launcher:
     ) -> None:
         self.function, self.threads, self.shared_bytes = function, c_uint(threads), c_uint(shared_bytes)
         self._address, self.stream, self.launch = c_void_p(function.ptr), stream, launch or driver().cuLaunchKernel
-        self._places: list[Any] = []  # None: a tensor map, which is its own place
+        self._places: list[Any] = []  # of arguments; a tensor map is its own, held here as long as the table names it
         self._table: Any = None  # addresses of the arguments
         self._lock = threading.Lock()  # between writing the arguments and the driver's copying them
 
     def _place(self, arg: Any) -> Any:
         if isinstance(arg, TensorMap):
-            return None
+            return encoded(arg)
         return c_int(0) if isinstance(arg, int) else c_float(0) if isinstance(arg, float) else c_uint64(0)
 
     def __call__(self, grid: int, *args: Any) -> None:
         with self._lock:
             if self._table is None:
                 self._places = [self._place(arg) for arg in args]
-                self._table = (c_void_p * len(args))(
-                    *(None if p is None else ctypes.addressof(p) for p in self._places)
-                )
+                self._table = (c_void_p * len(args))(*map(ctypes.addressof, self._places))
             for number, (place, arg) in enumerate(zip(self._places, args, strict=True)):
-                if place is None:
-                    self._table[number] = encoded(arg)
+                if isinstance(arg, TensorMap):
+                    self._places[number] = found = encoded(arg)
+                    self._table[number] = ctypes.addressof(found)
                 elif isinstance(arg, (int, float)):
                     place.value = arg
                     if isinstance(arg, int) and place.value != arg:

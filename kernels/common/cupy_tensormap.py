@@ -100,15 +100,16 @@ def _encode() -> Any:
     return function
 
 
-def encoded(argument: TensorMap) -> int:
-    """Address of the driver's 128 bytes. Kept by the tensor's address, as long as the layout is.
+def encoded(argument: TensorMap) -> Any:
+    """The driver's 128 bytes, as a ctypes array. Kept by the tensor's address until there are too many: whoever uses
+    the array's address keeps the array.
 
     Raises:
         UsageError: the driver refuses the layout.
     """
     made, kept = argument.layout, argument.layout.encoded
     if (found := kept.get(argument.address)) is not None:
-        return ctypes.addressof(found)
+        return found
     if len(kept) >= KEPT_MAPS:
         kept.clear()
     room = ctypes.create_string_buffer(BYTES + 64)  # the driver wants its place aligned to 64 bytes
@@ -130,4 +131,4 @@ def encoded(argument: TensorMap) -> int:
     if failed:
         raise UsageError(f"the driver makes no tensor map for {made} (CUresult {failed})")
     kept[argument.address] = ctypes.create_string_buffer(ctypes.string_at(place, BYTES), BYTES)
-    return ctypes.addressof(kept[argument.address])
+    return kept[argument.address]

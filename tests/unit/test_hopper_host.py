@@ -256,8 +256,8 @@ def test_the_driver_gets_the_arguments_it_documents(folder: Path, monkeypatch: p
     monkeypatch.setattr(cupy_tensormap, "_encode", lambda: driver)
     x = torch.zeros(6, 100, 64, dtype=torch.bfloat16)
     made = cupy_tensormap.layout(x.dtype, 2, 100, 64, (32, 48), batches=6)
-    place = cupy_tensormap.encoded(cupy_tensormap.bind(x, made))
-    raw = ctypes.string_at(place, 128)
+    raw = bytes(cupy_tensormap.encoded(cupy_tensormap.bind(x, made)))
+    assert len(raw) == 128
     words = [int.from_bytes(raw[i : i + 8], "little") for i in range(0, 120, 8)]
     # bfloat16 is 9, three dimensions; a line of 64 bytes has swizzle 2; promotion to 256 bytes is 3
     assert words[:8] == [9, 3, x.data_ptr(), 64, 100, 6, 128, 12800]
@@ -277,6 +277,11 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
   memcpy(seen, now, sizeof now);
   for (int i = 0; i < 5; i++) memcpy(bytes[i], arguments[i], sizes[i]);
   return more || gx == 99;
+}
+int many(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+    unsigned shared, void* stream, void** arguments, void** more) {
+  for (unsigned i = 0; i < gx; i++) memcpy(bytes[i], arguments[i], 128);
+  return 0;
 }
 void* numbers() { return seen; }
 void* argument(int i) { return bytes[i]; }
@@ -302,6 +307,14 @@ def test_a_launch_passes_what_the_driver_reads(folder: Path, monkeypatch: pytest
         kinds = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_float)
         seen = [kind.from_address(fake.argument(i)).value for i, kind in enumerate(kinds)]
         assert seen == [9, y.data_ptr() if tensor is not None else 0, 0, number, real]  # 9: bfloat16, of the map
+    monkeypatch.setattr(cupy_tensormap, "KEPT_MAPS", 1)  # a launch with more maps than are kept: none may be freed
+    several = [torch.zeros(100, 64, dtype=torch.bfloat16) for _ in range(5)]
+    launch = cupy_driver.Launcher(SimpleNamespace(ptr=5), 96, 0, lambda: 7, fake.many)
+    for _ in range(2):
+        launch(5, *(cupy_tensormap.bind(tensor, made) for tensor in several))
+        addresses = [ctypes.c_uint64.from_address(fake.argument(i) + 16).value for i in range(5)]
+        assert addresses == [tensor.data_ptr() for tensor in several]
+    launch = cupy_driver.Launcher(SimpleNamespace(ptr=5), 96, 70_000, lambda: 7, fake.cuLaunchKernel)
     with pytest.raises(OverflowError, match="argument 3 of a launch is 2147483648: beyond 32 bits"):
         launch(12, cupy_tensormap.bind(x, made), y, None, 2**31, 0.5)
     with pytest.raises(RuntimeError, match="refuses the launch of 99 blocks"):
