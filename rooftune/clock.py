@@ -31,6 +31,7 @@ SHORT_GPU_S = 20e-6  # events resolve about 0.5 us: below this a single call is 
 BATCH_GPU_S = 50e-6  # ... and at this batch length 1 %
 BLOCK_TRIES = 5  # each try blocks four times longer
 WARM_GPU_CALLS = 3
+CONTROLS = 9  # kernels that do nothing, timed by the wall where a call's wall time is suspicious
 LAUNCH_GPU_S = 1e-3  # no launch and wait costs that much more than the kernel: 0.05 ms is usual
 
 
@@ -246,6 +247,14 @@ class _Stream:
             self.note("launch gaps may be inside the time: the call waits for the device, or launches too slowly")
         return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1e3
 
+    def wall(self, run: Run, args: tuple[Any, ...]) -> float:
+        """Host seconds to launch a call and wait for the device."""
+        self.torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        run(*args)
+        self.torch.cuda.synchronize()
+        return (time.perf_counter_ns() - start) / 1e9
+
     def note(self, text: str) -> None:
         if text and text not in self.notes:
             self.notes.append(text)
@@ -276,13 +285,12 @@ def _time_gpu(
             figures.append(stream.behind_blocker(run, groups) / calls)
         if calls > 1 and cache == "cold":
             stream.note("cold and short: mean over several calls, each flushed and timed alone")
-        walls = []
-        for args in itertools.islice(rotation, max(samples, 3)):
-            torch.cuda.synchronize()
-            start = time.perf_counter_ns()
-            run(*args)
-            torch.cuda.synchronize()
-            walls.append((time.perf_counter_ns() - start) / 1e9)
-    if min(walls) > 3 * max(figures) + LAUNCH_GPU_S:
-        stream.note("the device works on long after the timed stream has finished: work on another stream")
+        walls = [stream.wall(run, args) for args in itertools.islice(rotation, max(samples, 3))]
+        allowed = 3 * max(figures) + LAUNCH_GPU_S
+        if min(walls) > allowed:
+            nothing = statistics.median(stream.wall(torch.cuda._sleep, (1000,)) for _ in range(CONTROLS))
+            if nothing > LAUNCH_GPU_S:
+                stream.note("another process computes on this device: it waits for turns, and times may be too long")
+            if min(walls) > allowed + nothing:
+                stream.note("the device works on long after the timed stream has finished: work on another stream")
     return Timing(figures, calls, "device", cache, statistics.median(walls), stream.notes)

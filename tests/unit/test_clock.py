@@ -242,7 +242,34 @@ def test_gpu_work_on_another_stream_is_noticed(host: Host, monkeypatch: pytest.M
         gpu.launch(2 * US)
         gpu.side = max(gpu.side, gpu.host.ns) + 5_000 * US  # the real kernel, where the events do not look
 
-    assert any("another stream" in note for note in clock.time_calls(run, [()], "cuda").notes)
+    notes = clock.time_calls(run, [()], "cuda").notes
+    assert any("another stream" in note for note in notes)
+    assert not any("another process" in note for note in notes)
+
+
+@pytest.mark.parametrize("hidden_us", [0, 9_000])
+def test_gpu_shared_with_another_process_is_no_fault_of_the_kernel(
+    host: Host, monkeypatch: pytest.MonkeyPatch, hidden_us: int
+) -> None:
+    """Checks of several kernels at once on an H200: two of 95 were accused of work on another stream."""
+    gpu = Gpu(host)
+    fake_torch(monkeypatch, host, gpu)
+    waiting = gpu.synchronize
+
+    def turns() -> None:  # after each launch the driver serves the other process for 4 ms
+        pending = gpu.ready > host.ns or gpu.side > host.ns
+        waiting()
+        host.spend(4_000 * US if pending else 0)
+
+    monkeypatch.setattr(sys.modules["torch"].cuda, "synchronize", turns)
+
+    def run() -> None:
+        gpu.launch(50 * US)
+        gpu.side = max(gpu.side, gpu.host.ns) + hidden_us * US
+
+    notes = clock.time_calls(run, [()], "cuda").notes
+    assert any("another process" in note for note in notes)
+    assert any("another stream" in note for note in notes) == (hidden_us > 0)
 
 
 @pytest.mark.parametrize(
