@@ -75,8 +75,7 @@ class Handle:
         assert self.out is not None
         if damage := self.out.damage():
             return f"{damage} in a timed call"
-        got = self.out.tensor.detach().cpu()
-        got = got.reshape(-1, got.shape[-1])
+        got = self.out.tensor.detach().reshape(-1, self.out.tensor.shape[-1])
         total, parts = got.shape[0], self.op.parts(self.problem)
         if parts and self.verified:
             rows = sorted(random.Random(seed).sample(range(total), min(total, VERIFY_ROWS)))
@@ -84,7 +83,7 @@ class Handle:
             rows = check.sample_rows(total, seed, VERIFY_ROWS, parts)
         self.verified = True
         ref = self.op.reference(self.problem, [t.detach().cpu() for t in self.tensors], rows)
-        wrong, _ = check.judge_parts(self.op, self.problem, got[rows], ref, rows, "timed")
+        wrong, _ = check.judge_parts(self.op, self.problem, got[rows].cpu(), ref, rows, "timed")
         return f"output of a timed call: {wrong}" if wrong else ""
 
 
