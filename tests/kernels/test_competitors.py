@@ -205,6 +205,16 @@ OTHER_PATHS = {  # configs whose code the default of a small problem does not re
         "attention[b=1,h=16,hkv=2,sq=19,sk=201,d=128,causal,lse,bf16]",
         {"block_m": 64, "pack_gqa": 1, "pingpong": 0},
     ),
+    "exponentials before the wait, results in the place of wide queries": (
+        "attention/cupy_wgmma",
+        "attention[b=1,h=1,sq=150,sk=200,d=256,causal,bf16]",
+        {"block_m": 128, "block_n": 80, "num_stages": 2, "late_wait": 1},
+    ),
+    "exponentials before the wait, queries fetched a tile ahead": (
+        "attention/cupy_wgmma",
+        "attention[b=1,h=3,sq=200,sk=190,d=64,fp16]",
+        {"block_m": 192, "block_n": 96, "late_wait": 1},
+    ),
     "sums of exponentials by tensor cores": (
         "attention/cupy",
         "attention[b=2,h=2,hkv=1,sq=35,sk=33,d=48,causal,lse,bf16]",
