@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from rooftune.autotune.ranking_parts import (
+    CLUSTERED,
     EXP_RATE,
     FMA_RATE,
     L2_RATE,
@@ -79,15 +80,17 @@ def gemm(
         shared_s += steps * bk * warps * 2 * math.sqrt(sums) / 4 * SHARED_LOAD / gpu.clock_hz
     lines = _cluster(config)
     loaded = steps * bk * size * (bm / lines[1] + bn / lines[0])
-    ahead = max(stages - 1, 0.5) * (bm + bn) * bk * size
-    feed_s = loaded / feed_rate(gpu, blocks, ahead)
+    each = (bm + bn) * bk * size
+    there = min(blocks, max(1.0, tiles / gpu.multiprocessors))  # few tiles leave multiprocessors with one block
+    feed_s = loaded / feed_rate(gpu, there, max(stages - 1, 0.5) * each, each)
     tile_s = joined(math_s, shared_s, feed_s) + steps * STEP_CYCLES / gpu.clock_hz / blocks
-    busiest: float = ceil(tiles, gpu.multiprocessors)
+    lone = gpu.multiprocessors if lines[0] * lines[1] < 4 else int(CLUSTERED * gpu.multiprocessors)
+    busiest: float = ceil(tiles, lone)
     store_s = bm * bn * (4 if split > 1 else out) / (L2_RATE / 2 * gpu.clock_hz)
     fixed_s = 2 * LATENCY_S + store_s
     streamed_s = 0.0
-    if stream and tiles % gpu.multiprocessors:  # no last round; a tile's sums are written and read, through L2
-        busiest = max(tiles / gpu.multiprocessors, min(1.0, STREAM_STEPS / steps))
+    if stream and tiles % lone:  # no last round; a tile's sums are written and read, through L2
+        busiest = max(tiles / lone, min(1.0, STREAM_STEPS / steps))
         streamed_s = 2 * bm * bn * 4 / (L2_RATE / 2 * gpu.clock_hz) + 2 * LATENCY_S
     overlapped = config.get("schedule") in ("persistent", "pingpong") or blocks > 1 or traits.warpgroup
     own_s = busiest * tile_s + fixed_s * (1 + max(busiest - 1, 0) * (0.2 if overlapped else 1.0)) + streamed_s
