@@ -152,16 +152,17 @@ def attention(
     readers = max(1, bm // 64) if wide else warps if bm // warps <= 16 else max(1, bm // 32)
     queries = bm * d if config.get("keep_q") == 0 else 0  # read again in every step
     shared_s = (2 * bn * d * (readers + 1) + queries) * size / (SHARED_RATE * gpu.clock_hz)
-    feed_s = 2 * bn * d * size / feed_rate(gpu, blocks, 2 * max(stages - 1, 0.5) * bn * d * size)
+    each = 2 * bn * d * size
+    feed_s = each / feed_rate(gpu, blocks, max(stages - 1, 0.5) * each, each)
     groups = blocks * (warps - 4 if traits.warpgroup else warps) // 4  # who computes while others exponentiate
     join = 1.0 if groups <= 1 else 0.15 if config.get("pingpong") else 0.3
     both_s = max(math_s, soft_s) + join * min(math_s, soft_s)
     step_s = joined(both_s, shared_s, feed_s) + STEP_CYCLES / gpu.clock_hz / blocks
     pack = h // problem["hkv"] if config.get("pack_gqa") else 1  # heads of q that share a tile, and its keys
-    each, heads = bm // pack, b * h // pack
-    rows = ceil(sq, each)
+    lines, heads = bm // pack, b * h // pack
+    rows = ceil(sq, lines)
     shift = sk - sq if problem.flag("causal") else sk
-    keys = [ceil(max(1, min(sk, (row + 1) * each + shift)), bn) for row in range(rows)]
+    keys = [ceil(max(1, min(sk, (row + 1) * lines + shift)), bn) for row in range(rows)]
     work = sum(keys) * heads / splits
     longest = ceil(max(keys), splits)
     tiles = rows * heads * splits
