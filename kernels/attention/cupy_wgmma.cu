@@ -217,19 +217,10 @@ struct Consumer {
   // the copy of the tile before may still read. value(j): our j-th accumulator.
   template <class Value>
   __device__ __forceinline__ void store(Value value, const TensorMap& out, int m0, int head) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
-    const int line = 16 * warp + matrix % 2 * 8 + lane % 8;
     char* place = pipe.out + group * 64 * 128;
     if (OUT_APART && threadIdx.x % 128 == 0) bulk_wait_read<0>();
     named_sync(1 + group, 128);  // all of us have read the queries, or the copy has read the last results
-#pragma unroll
-    for (int q = 0; q < D / 16; q++) {
-      unsigned r[4];
-#pragma unroll
-      for (int m = 0; m < 4; m++) r[m] = pack<PRECISION>(value(8 * q + 2 * m), value(8 * q + 2 * m + 1));
-      char* panel = place + q / 4 * Q::PANEL_BYTES;
-      store_matrices(panel + swizzle<128>(line * 128 + (2 * (q % 4) + matrix / 2) * 16), r);
-    }
+    write_panels<PRECISION, D, Q::PANEL_BYTES>(place, value);
     fence_async();
     named_sync(1 + group, 128);
     if (threadIdx.x % 128 == 0) {

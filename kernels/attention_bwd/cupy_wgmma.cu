@@ -235,17 +235,8 @@ struct Consumer {
   // Through the place of our owned rows, which are no longer needed, to memory. value(j): our j-th accumulator.
   template <class Value>
   __device__ __forceinline__ void store(Value value, const TensorMap& out, char* own, const Walk& walk) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
-    const int line = 16 * warp + matrix % 2 * 8 + lane % 8;
     char* place = own + group * 64 * 128;
-#pragma unroll
-    for (int q = 0; q < D / 16; q++) {
-      unsigned r[4];
-#pragma unroll
-      for (int m = 0; m < 4; m++) r[m] = pack<PRECISION>(value(8 * q + 2 * m), value(8 * q + 2 * m + 1));
-      char* panel = place + q / 4 * Owned::PANEL_BYTES;
-      store_matrices(panel + swizzle<128>(line * 128 + (2 * (q % 4) + matrix / 2) * 16), r);
-    }
+    write_panels<PRECISION, D, Owned::PANEL_BYTES>(place, value);
     fence_async();
     named_sync(1 + group, 128);
     if (threadIdx.x % 128 == 0) {

@@ -97,4 +97,19 @@ template <class T, int MN, int DEPTH, bool MN_MAJOR> struct Operand {
   }
 };
 
+// A warpgroup's 64 rows of COLUMNS results in 16 bits to shared memory, in panels of 64 columns as a tensor store takes
+// them. value(j): the thread's j-th accumulator.
+template <int F, int COLUMNS, int PANEL_BYTES, class Value>
+__device__ __forceinline__ void write_panels(char* place, Value value) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
+  const int line = 16 * warp + matrix % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int q = 0; q < COLUMNS / 16; q++) {
+    unsigned r[4];
+#pragma unroll
+    for (int m = 0; m < 4; m++) r[m] = pack<F>(value(8 * q + 2 * m), value(8 * q + 2 * m + 1));
+    store_matrices(place + q / 4 * PANEL_BYTES + swizzle<128>(line * 128 + (2 * (q % 4) + matrix / 2) * 16), r);
+  }
+}
+
 }  // namespace rt
