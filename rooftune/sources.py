@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -45,9 +45,26 @@ def files(path: Path, roots: Mapping[str, Path]) -> list[Path]:
             # `cupy.cu` beside `cupy.py`; the operator's __init__ has no such neighbours
             left += file.parent.glob(f"{file.stem}.*")
         elif file.suffix in CUDA:
-            places = [file.parent, *(root / HEADERS for root in roots.values())]
-            for name in INCLUDE.findall(file.read_text(encoding="utf-8")):
-                left += [place / name for place in places if (place / name).is_file()][:1]
+            left += included(file, [root / HEADERS for root in roots.values()])
+    return sorted(found)
+
+
+def included(file: Path, folders: Sequence[Path]) -> list[Path]:
+    """The headers that a CUDA C++ file includes, and what these do, in the order of their paths.
+
+    A name in quotes is looked for beside the file that includes it, then in the folders; one that is nowhere is the
+    compiler's own.
+    """
+    found: set[Path] = set()
+    left = [file]
+    while left:
+        here = left.pop()
+        for name in INCLUDE.findall(here.read_text(encoding="utf-8")):
+            places = (folder / name for folder in (here.parent, *folders))
+            header = next((place for place in places if place.is_file()), None)
+            if header is not None and header not in found:
+                found.add(header)
+                left.append(header)
     return sorted(found)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rooftune.core import PRECISIONS, Config, Problem, Unavailable, UsageError
+from rooftune.sources import included
 
 Launch = Callable[..., None]  # launch(grid, *args): args: tensor, None (no pointer), int (int32), float, TensorMap
 
@@ -38,10 +39,9 @@ class Kernel:
         return [f"-D{name}={value}" for name, value in self.macros]
 
     def key(self, *extra: str) -> str:
-        """Hash of everything a compiler's result depends on; a header beside the source is found before ours."""
+        """Hash of everything a compiler's result depends on."""
         digest = hashlib.sha256("\0".join([self.entry, *self.defines, *extra]).encode())
-        beside = (path for path in self.source.parent.iterdir() if path.suffix in (".cuh", ".hpp", ".h"))
-        for path in (self.source, *sorted(beside), *sorted(HEADERS.iterdir())):
+        for path in (self.source, *included(self.source, (HEADERS,))):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:32]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rooftune import registry, sources
+from rooftune.kernels.common import cupy_kernel
 
 TREE = {
     "common/__init__.py": "",
@@ -54,6 +55,19 @@ def test_a_hash_covers_what_a_kernel_is_made_of_and_nothing_else(root: Path, ker
         assert (sources.digest(root / kernel, roots) != before) == (name in USED[kernel]), name
         (root / name).write_text(text)
     assert sources.digest(root / kernel, roots) == before
+
+
+def test_a_compiled_kernel_is_kept_under_what_its_source_includes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy_kernel, "HEADERS", root / sources.HEADERS)
+    kernel = cupy_kernel.Kernel(root / "op" / "cupy.cu", "run", (("SIZE", 1),), 32)
+    before = kernel.key("sm_90a")
+    other = cupy_kernel.Kernel(kernel.source, "run", (("SIZE", 2),), 32)
+    assert before not in (kernel.key("sm_80"), other.key("sm_90a"))
+    used = {"op/cupy.cu", "op/beside.cuh", "common/cuda/tile.cuh", "common/cuda/deep.cuh"}
+    for name, text in TREE.items():
+        (root / name).write_text(text + "\n")
+        assert (kernel.key("sm_90a") != before) == (name in used), name
+        (root / name).write_text(text)
 
 
 def test_kernels_of_another_package_use_ours_too(root: Path, tmp_path: Path) -> None:
