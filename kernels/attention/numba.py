@@ -160,7 +160,6 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
         pack_q, pack_k = numba_scores.rows(queries, False), numba_scores.rows(rows, True)
         score, widest, uneven = numba_scores.products(queries), numba_scores.widest(), numba_scores.uneven()
         again = compiled(dtype, rows, queries, "amx").address
-
     bound = numba_scores.BOUND
 
     @job

@@ -6,8 +6,8 @@ smallest are left out: together they are below 2^-23 of |a b|, as much as one ro
 computations", 2019, which calls it bf16x3 with six products; cuBLAS calls nine of them BF16x9.)
 
 AMX counts subnormal numbers as 0, and a number that bf16 rounds to infinity has no parts. So a number below 2^-110
-(whose last part may be subnormal) other than 0, and one above the largest bf16, infinity and NaN among them, is packed
-as NaN: it spoils the sums it is part of, which are then computed again from the numbers as given (`spoiled`).
+(whose last part may be subnormal) other than 0, and one above the largest bf16, infinity and NaN among them, has a part
+that is NaN: it spoils the sums it is part of, which are then computed again from the numbers as given (`spoiled`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rooftune.kernels.common.numba_tile import tile as fma_tile
 from rooftune.kernels.common.numba_tmul import FORMATS, ROW, SIDE, tile
 
 SPLIT = FORMATS["fp32"]
-SMALLEST, LARGEST = 0x08800000, 0x7F7F8000  # bits of 2^-110, and of the smallest number that bf16 rounds to infinity
+SMALLEST = 0x08800000  # bits of 2^-110
 ITEM = 4  # bytes
 NUMBERS = SPLIT.steps  # of k in a word
 DEEP, SPLIT_ROW = NUMBERS * SIDE, SPLIT.planes * ROW  # numbers of k of a tile, bytes of its rows
@@ -39,31 +39,33 @@ AGAIN = 512  # numbers of k at a time of what is computed again
 def parts(e: Emit, first: Value, second: Value, known: bool = False) -> list[Value]:
     """Two vectors of fp32 as three of words of two bf16 (`first` in the lower halves), the largest part first.
 
-    What has no parts is NaN in the first of them. `known`: it is NaN already, or so small that it does not count; and
-    parts are cut off, not rounded, in 6 operations less of 20 (the second is then below 2^-7, not 2^-8, of the number).
+    The first part is rounded, the second cut off (below 2^-16 of the number is left then), and the third is exact. Of a
+    pair with a number that is too small all of the first part is NaN; of one that is too large, infinite or NaN a later
+    part is, by the subtraction. `known`: neither counts, and the first part is cut off too, in 6 operations less of 24
+    (2^-7 of the number is left then, and 2^-15, not 2^-8 and 2^-16).
     """
-    b, out = e.builder, []
-    spoiled = [] if known else [_spoils(e, value) for value in (first, second)]
+    b, out, upper = e.builder, [], e.int_splat(0xFFFF0000)
+    small = None if known else _small(e, first, second)
     for plane in range(SPLIT.planes):
-        if known:
+        if plane or known:
             low, high = (b.bitcast(value, e.ints) for value in (first, second))
-            word = b.or_(b.lshr(low, e.int_splat(16)), b.and_(high, e.int_splat(0xFFFF0000)))
+            word = b.or_(b.lshr(low, e.int_splat(16)), b.and_(high, upper))
         else:
             word = round_pairs(e, first, second)
-        low, high = b.shl(word, e.int_splat(16)), b.and_(word, e.int_splat(0xFFFF0000))
+        low, high = b.shl(word, e.int_splat(16)), b.and_(word, upper)
         first, second = (b.fsub(x, b.bitcast(y, e.vector)) for x, y in ((first, low), (second, high)))
-        if plane == 0:
-            for bad, half in zip(spoiled, (0x7FC0, 0x7FC00000), strict=False):
-                word = b.select(bad, b.or_(word, e.int_splat(half)), word)
+        if plane == 0 and small is not None:
+            word = b.select(small, b.or_(word, e.int_splat(0x7FC07FC0)), word)
         out.append(word)
     return out
 
 
-def _spoils(e: Emit, value: Value) -> Value:
-    b = e.builder
-    size = b.and_(b.bitcast(value, e.ints), e.int_splat(0x7FFFFFFF))
-    outside = b.icmp_unsigned(">=", b.sub(size, e.int_splat(SMALLEST)), e.int_splat(LARGEST - SMALLEST))
-    return b.and_(outside, b.icmp_unsigned("!=", size, e.int_splat(0)))
+def _small(e: Emit, first: Value, second: Value) -> Value:
+    """Whether one of two numbers is below 2^-110 and not 0: twice its bits less one, without a sign, say it at once."""
+    b, one = e.builder, e.int_splat(1)
+    low, high = (b.sub(b.shl(b.bitcast(value, e.ints), one), one) for value in (first, second))
+    least = b.select(b.icmp_unsigned("<", low, high), low, high)
+    return b.icmp_unsigned("<", least, e.int_splat(2 * SMALLEST - 1))
 
 
 def lines(e: Emit, source: Value, along_k: bool, valid: Value, stride: Value, k: Value) -> Callable[..., Value]:
@@ -113,45 +115,53 @@ def pack(size: int, along_k: bool, left: bool, stream: bool = False) -> Any:
             for part, word in enumerate(words):
                 e.store_raw(word, b.add(place, e.index(part * plane)), ROW if stream else WORD, stream)
 
-        def block(j: Value, first: int) -> None:
-            """16 rows of a step."""
+        def block(j: Value, first: int, inside: bool) -> None:
+            """16 rows of a step; inside: all of them, and all of its numbers, are there."""
             step = e.offset(target, b.lshr(j, e.index(5)), SPLIT.planes * plane)  # 2^5 is `deep`
             place = b.add(step, e.index(first * (ROW if left else WORD)))
             apart = ROW if left else size * WORD  # from one row of the block of words to the next
+
+            def along(i: Value) -> list[Value]:
+                """Two vectors of a row of k."""
+                return [line(i, b.add(j, e.index(half * SIDE)), inside) for half in range(2)]
+
+            def across(at: Value) -> list[Value]:
+                """16 rows at two numbers of k."""
+                return [line(e.index(first), b.add(at, e.index(i)), inside) for i in range(2)]
+
             if along_k == left:  # a line of words is a line of memory, or half of it
 
                 def direct(i: Value, _: State) -> State:
                     if along_k:
-                        row = b.add(i, e.index(first))
-                        x, y = line(row, j), line(row, b.add(j, e.index(SIDE)))
+                        x, y = along(b.add(i, e.index(first)))
                         pair = [b.shuffle_vector(x, y, ir.Constant(e.ints, list(range(o, deep, 2)))) for o in (0, 1)]
                     else:
-                        at = b.add(j, b.mul(i, e.index(2)))
-                        pair = [line(e.index(first), at), line(e.index(first), b.add(at, e.index(1)))]
+                        pair = across(b.add(j, b.mul(i, e.index(2))))
                     store(parts(e, *pair), e.offset(place, i, apart))
                     return []
 
                 e.loop(e.index(0), e.index(SIDE), 1, [], direct)
                 return
             if along_k:
-                columns: list[Value] = []
-                for half in range(2):
-                    rows = [line(e.index(first + i), b.add(j, e.index(half * SIDE))) for i in range(SIDE)]
-                    columns += transpose(e, rows)
+                halves = zip(*(along(e.index(first + i)) for i in range(SIDE)), strict=True)
+                columns = [column for rows in halves for column in transpose(e, list(rows))]
                 for word in range(SIDE):
                     store(parts(e, *columns[2 * word : 2 * word + 2]), b.add(place, e.index(word * apart)))
                 return
-            words = []
-            for word in range(SIDE):
-                at = b.add(j, e.index(2 * word))
-                words.append(parts(e, line(e.index(first), at), line(e.index(first), b.add(at, e.index(1)))))
-            for part, block in enumerate(zip(*words, strict=True)):
-                for i, row in enumerate(transpose(e, list(block))):
-                    e.store_raw(row, b.add(place, e.index(part * plane + i * apart)), ROW if stream else WORD, stream)
+            # turned before they are taken apart: two blocks instead of three
+            pairs = zip(*(across(b.add(j, e.index(2 * word))) for word in range(SIDE)), strict=True)
+            for i, pair in enumerate(zip(*(transpose(e, list(half)) for half in pairs), strict=True)):
+                store(parts(e, *pair), b.add(place, e.index(i * apart)))
 
         def step(j: Value, _: State) -> State:
-            for first in range(0, size, SIDE):
-                block(j, first)
+            def blocks(inside: bool) -> State:
+                for first in range(0, size, SIDE):
+                    block(j, first, inside)
+                return []
+
+            there = b.icmp_signed("<=", b.add(j, e.index(deep)), k)
+            there = b.and_(there, b.icmp_signed("==", valid, e.index(size)))
+            e.branch(there, lambda: blocks(True), lambda: blocks(False))
             return []
 
         e.loop(e.index(0), b.add(k, e.index(deep - 1)), deep, [], step)

@@ -30,8 +30,8 @@ class Format:
     """How numbers of a precision lie in words: `steps` of k per word, `accumulator` fp32 or int32.
 
     `unsigned_a`: a is stored with 128 added, as `vpdpbusd` multiplies unsigned by signed bytes; 128 times
-    the column sums of b has to be taken off the result. `planes`: how many bf16 a number is the sum of
-    (`numba_split`); a word of two numbers is then as many words.
+    the column sums of b has to be taken off the result. `planes`: how many bf16 (`numba_split`) or digits
+    (`numba_fixed`) a number is the sum of; a word of `steps` numbers is then as many words.
     """
 
     dtype: str

@@ -143,9 +143,8 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, store: str, ahead:
                 e.row(n, [], lambda chunk, _: normalise(chunk, some, True), unroll, begin)
                 return []
 
-            if (
-                store != "cached" and pairs
-            ):  # a word that begins at an odd element never comes to the beginning of a line
+            if store != "cached" and pairs:
+                # a word that begins at an odd element never comes to the beginning of a line
                 odd = b.and_(outs[some[0]], e.index(ITEM[stored] - 1))
                 e.branch(b.icmp_signed("==", odd, e.index(0)), streamed, cached)
             else:
