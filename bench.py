@@ -57,6 +57,28 @@ def _add_output_options(verb: argparse.ArgumentParser, forms: Sequence[str] = ("
     verb.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
+def _add_gate_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--inconclusive", choices=("fail", "pass"), default="fail", help="pass: exit 0 instead of 3")
+    verb.add_argument("--format", choices=("auto", "text", "github"), default="auto")
+
+
+def _add_revision_options(verb: argparse.ArgumentParser) -> None:
+    _add_race_options(verb)
+    if verb.prog.endswith("compare"):
+        what = next(action for action in verb._actions if action.dest == "what")
+        what.metavar, what.help = "RUN", "two stored runs: ids, files, latest~1 latest"
+    verb.set_defaults(suite="ci")
+    verb.add_argument("--rounds", type=int, default=8, help="of all cells, in which a sign of a change is looked for")
+    verb.add_argument("--confirm", type=int, default=32, help="fresh rounds that decide where there is one")
+    verb.add_argument("--launches", type=int, default=2, help="processes for these: one may be unlucky as a whole")
+    verb.add_argument("--margin", type=float, default=0.5, help="percent that a change must exceed")
+    verb.add_argument("--detect", type=float, default=10.0, help="percent: undecided where this would not show")
+    verb.add_argument("--min-sample-ms", type=float, default=2.0, help="shortest sample, by repeating the call")
+    _add_gate_options(verb)
+    _add_device_options(verb)
+    _add_output_options(verb, ("json", "junit"))
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line, as the rest of the program does."""
 
@@ -140,16 +162,20 @@ def parser() -> Parser:
     block.add_argument("--seed", type=int, default=None)
     _add_device_options(block)
     _add_output_options(block, ("json",))
-    compare = verb("compare", "verdict per cell of two stored runs")
-    compare.add_argument("base", metavar="A", help="run id, file, or latest~1")
-    compare.add_argument("cand", metavar="B", help="run id, file, or latest")
-    _add_output_options(compare, ("json", "junit"))
+    compare = verb("compare", "verdict per cell of two stored runs, or of two revisions raced in one session")
+    _add_revision_options(compare)
+    compare.add_argument(
+        "--base", metavar="REV", help="a commit: its kernels against today's; then words are OP|PROBLEM"
+    )
+    compare.add_argument("--cand", metavar="REV", help="another commit instead of the working tree")
+    compare.add_argument("--every", action="store_true", help="also competitors whose source did not change")
+    selfcheck = verb("selfcheck", "everything against itself: false alarms, and the smallest change found here")
+    _add_revision_options(selfcheck)
     check = verb("check", "the CI gate: measure a baseline's cells again and give a verdict")
     check.add_argument("--baseline", required=True, metavar="FILE")
     check.add_argument("--current", metavar="FILE", help="judge this stored run instead of measuring")
     check.add_argument("--rounds", type=int, default=10)
-    check.add_argument("--inconclusive", choices=("fail", "pass"), default="fail", help="pass: exit 0 instead of 3")
-    check.add_argument("--format", choices=("auto", "text", "github"), default="auto")
+    _add_gate_options(check)
     _add_device_options(check)
     _add_output_options(check, ("json", "junit"))
     static = verb("static", "registers, spills, occupancy and tensor-core instructions, no GPU needed; exit 1 if worse")

@@ -37,6 +37,7 @@ class Verdict(StrEnum):
     FASTER = "faster"
     FIXED = "fixed"
     NEW = "new"
+    UNSEEN = "no-change-seen"  # neither shown to be the same nor with room for a change worth knowing: `duel`
     SAME = "same"
     UNMEASURED = "unmeasured"  # no time on either side
 
@@ -45,7 +46,7 @@ ERRORS = {Verdict.BROKEN, Verdict.SLOWER}
 OPEN = {Verdict.SUSPECT_SLOWER, Verdict.INCOMPARABLE, Verdict.INCONCLUSIVE, Verdict.GONE}
 COMPARED = {
     *(Verdict.SLOWER, Verdict.FASTER, Verdict.SUSPECT_SLOWER, Verdict.SUSPECT_FASTER),
-    *(Verdict.SAME, Verdict.INCONCLUSIVE),
+    *(Verdict.SAME, Verdict.UNSEEN, Verdict.INCONCLUSIVE),
 }
 
 

@@ -228,11 +228,11 @@ def github_annotations(cells: Iterable[Cell]) -> list[str]:
     return lines
 
 
-def step_summary(cells: Sequence[Cell], margin: float = 0.005, same: float = 0.02, alpha: float = 0.01) -> str:
+def step_summary(cells: Sequence[Cell], lines: Sequence[str] | None = None) -> str:
     """Markdown for $GITHUB_STEP_SUMMARY: the worst 200 rows, says so if there are more, and stays below GitHub's
-    limit of 1,024 KiB. The last three arguments are those given to `compare`."""
+    limit of 1,024 KiB. Lines: what was tested and how, if not what `explain` says."""
     shown = [c for c in cells if c.verdict != Verdict.UNMEASURED]
-    notes = "\n".join(f"- {_cell(line)}" for line in explain(cells, margin, same, alpha))
+    notes = "\n".join(f"- {_cell(line)}" for line in (explain(cells) if lines is None else lines))
     count = min(len(shown), MAX_SUMMARY_ROWS)
     while True:
         rows = [(c.verdict, c.problem, c.impl, _finding(c), ", ".join(c.changed)) for c in shown[:count]]

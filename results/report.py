@@ -367,10 +367,12 @@ def reasons(items: Iterable[tuple[str, str, str]], console: Console) -> None:
 
 
 def compare_table(
-    cells: Sequence[Cell], console: Console, margin: float = 0.005, same: float = 0.02, alpha: float = 0.01
+    cells: Sequence[Cell],
+    console: Console,
+    title: str = "Candidate against base (ratio above 1: slower now)",
+    lines: Sequence[str] | None = None,
 ) -> None:
-    """Worst first, then what was tested and how, what was not compared and why. The last three arguments are
-    those given to `compare`."""
+    """Worst first, then what was tested and how, what was not compared and why (or these lines)."""
     shown = [c for c in cells if c.verdict != Verdict.UNMEASURED]
     wide = console.width >= WIDE
     rows: list[tuple[Sequence[str], str]] = []
@@ -384,10 +386,10 @@ def compare_table(
         columns = [Column("verdict"), Column("problem", flexible=True), Column("competitor", flexible=True)]
         headers = ("base", "candidate", "ratio (95 %)", *(("p",) if wide else ()))
         columns += [Column(header, right=True) for header in headers]
-        print_table(console, "Candidate against base (ratio above 1: slower now)", columns, rows)
+        print_table(console, title, columns, rows)
     for cell in shown:
         if cell.verdict in ERRORS | {Verdict.SUSPECT_SLOWER}:
             changed = f" (changed: {', '.join(cell.changed)})" if cell.changed else ""
             _say(console, f"{cell.impl} {cell.problem}: {cell.reason or cell.verdict}{changed}", "red")
-    for line in explain(cells, margin, same, alpha):
+    for line in explain(cells) if lines is None else lines:
         _say(console, line)

@@ -71,7 +71,7 @@ class Worker:
         self.log: IO[bytes] = tempfile.TemporaryFile(prefix="rooftune-worker-")  # noqa: SIM115 - lives as long as we
         request_read, self._request = os.pipe()
         self._reply, reply_write = os.pipe()
-        home = str(Path(rooftune.__file__).parent.parent)
+        home = str((impl and impl.home) or Path(rooftune.__file__).parent.parent)
         env = {**os.environ, **_thread_env(threads), **(impl.env.get(mode, {}) if impl else {})}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
         device = _see_only(device, env)
@@ -369,4 +369,5 @@ def _key(impl: Impl | None, mode: str) -> tuple[str, str]:
         return "", mode
     if impl.module.startswith("file:"):
         return impl.module, mode
-    return (impl.language if mode != "native" and impl.language else impl.key), mode
+    name = impl.language if mode != "native" and impl.language else impl.key
+    return (f"{impl.home}:{name}" if impl.home else name), mode

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rooftune import registry
@@ -62,7 +63,8 @@ class Entrant:
     @property
     def label(self) -> str:
         call = self.config.get("call")
-        return f"{self.impl.key}:{call}" if call else self.impl.key + ("" if self.default else "*")
+        name = f"{self.impl.key}:{call}" if call else self.impl.key + ("" if self.default else "*")
+        return f"{name} of {self.impl.home.name}" if self.impl.home else name
 
     @property
     def candidate(self) -> Candidate:
@@ -113,6 +115,12 @@ def _unfit(impl: Impl, problem: Problem, kind: str) -> str:
     return ""
 
 
+def checked(problem: Problem, entrant: Entrant) -> Any:
+    """What the thorough check of an entrant holds for: `prepare` remembers it as seen."""
+    found = (entrant.impl.path, problem.precision, problem.flags, entrant.candidate)
+    return (*found, problem) if entrant.impl.per_shape else found
+
+
 def prepare(
     lab: Lab, problem: Problem, field_: Sequence[Entrant], options: Options, seen: set[Any], event: Event
 ) -> None:
@@ -124,8 +132,7 @@ def prepare(
     def work(group: list[Entrant]) -> None:
         for entrant in group:
             event("prepare", entrant.label)
-            key: tuple[Any, ...] = (entrant.impl.key, problem.precision, problem.flags, entrant.candidate)
-            key += (problem,) if entrant.impl.per_shape else ()
+            key = checked(problem, entrant)
             seed = random.Random(f"{options.seed}:{problem}:{entrant.label}").getrandbits(31)
             thorough = options.thorough and key not in seen
             reply = lab.prepare(entrant.impl, problem, entrant.config, seed, thorough)
@@ -139,10 +146,10 @@ def prepare(
                 entrant.error = reply.data["error"]
             entrant.handle, entrant.build_s = reply.data["handle"], reply.data["build_s"]
 
-    groups: dict[str, list[Entrant]] = {}
+    groups: dict[Path, list[Entrant]] = {}
     for entrant in field_:
         if entrant.status == Status.OK and entrant.handle is None:
-            groups.setdefault(entrant.impl.key, []).append(entrant)
+            groups.setdefault(entrant.impl.path, []).append(entrant)
     with ThreadPoolExecutor(_at_once(lab)) as pool:
         list(pool.map(work, groups.values()))
 
@@ -227,6 +234,19 @@ def race(
     field_ = [*entrants(lab, problem, impls, event), *extra]
     seen = set() if seen is None else seen
     runners = [e for e in field_ if e.status == Status.OK]
+    run_rounds(lab, problem, runners, options, seen, event)
+    if options.energy:
+        measure_energy(lab, runners, options, event)
+    for entrant in runners:
+        if entrant.handle is not None:
+            lab.release(entrant.impl, entrant.handle)
+    return judge(registry.op(problem.op), problem, field_, options, ceilings, lab)
+
+
+def run_rounds(
+    lab: Lab, problem: Problem, runners: Sequence[Entrant], options: Options, seen: set[Any], event: Event
+) -> None:
+    """All rounds of everyone, with fresh processes for every launch after the first."""
     share = [options.rounds // options.launches] * options.launches
     share[-1] += options.rounds - sum(share)
     for launch, rounds in enumerate(share):
@@ -236,12 +256,6 @@ def race(
                 entrant.handle = None
         prepare(lab, problem, runners, options if not launch else replace(options, thorough=False), seen, event)
         time_rounds(lab, problem, [e for e in runners if e.status == Status.OK], options, rounds, event)
-    if options.energy:
-        measure_energy(lab, runners, options, event)
-    for entrant in runners:
-        if entrant.handle is not None:
-            lab.release(entrant.impl, entrant.handle)
-    return judge(registry.op(problem.op), problem, field_, options, ceilings, lab)
 
 
 def measure_energy(lab: Lab, runners: Sequence[Entrant], options: Options, event: Event) -> None:

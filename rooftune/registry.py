@@ -13,8 +13,8 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +34,8 @@ class Impl:
 
     `emulates` and `compiles` say whether the file can prove itself without its device. `per_shape`
     marks a compiler that makes another kernel for every shape: it is checked on the problem's own.
-    `language` is the `common/<language>.py` that it builds on, if there is one.
+    `language` is the `common/<language>.py` that it builds on, if there is one. `home` is the folder of the copy of
+    this package that a worker runs it from, if that is not this one (`revisions`).
     """
 
     op: str
@@ -51,6 +52,7 @@ class Impl:
     compiles: bool = False
     baseline: bool = False
     per_shape: bool = False
+    home: Path | None = None
 
     @property
     def key(self) -> str:
@@ -77,7 +79,10 @@ class Impl:
     @property
     def source_hash(self) -> str:
         """Hash of the files it is made of, see `sources`."""
-        return sources.digest(self.path, dict(_roots()))
+        roots = dict(_roots())
+        if self.home is not None:
+            roots[KERNELS] = _kernels_at(self.home)
+        return sources.digest(self.path, roots)
 
 
 def load_file(path: Path) -> ModuleType:
@@ -98,10 +103,18 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
+def kernel_folder() -> Path:
+    """Our own kernels."""
+    return Path(next(iter(importlib.import_module(KERNELS).__path__)))
+
+
+def _kernels_at(home: Path) -> Path:
+    return home / "rooftune" / "kernels"
+
+
 def _roots() -> Iterator[tuple[str, Path]]:
     """Our kernels folder, then those of packages that announce one."""
-    package = importlib.import_module(KERNELS)
-    yield from ((KERNELS, Path(p)) for p in package.__path__)
+    yield KERNELS, kernel_folder()
     from importlib.metadata import entry_points
 
     for point in entry_points(group=ENTRY_POINTS):
@@ -205,9 +218,18 @@ def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
 def impls(op_name: str) -> tuple[Impl, ...]:
     """The competitors of an operator: baselines first, then by name."""
     op(op_name)
+    return _listed(op_name, _roots())
+
+
+def impls_at(op_name: str, home: Path) -> tuple[Impl, ...]:
+    """The same, of a copy of this package (`revisions`)."""
+    return tuple(replace(found, home=home) for found in _listed(op_name, [(KERNELS, _kernels_at(home))]))
+
+
+def _listed(op_name: str, roots: Iterable[tuple[str, Path]]) -> tuple[Impl, ...]:
     found = [
         _impl(op_name, path, f"{package}.{op_name}.{path.stem}", root)
-        for package, root in _roots()
+        for package, root in roots
         for path in sorted((root / op_name).glob("*.py"))
         if path.stem != "__init__"
     ]

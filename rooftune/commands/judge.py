@@ -1,4 +1,4 @@
-"""`compare` and `check`: verdicts on stored runs, and the gate for CI."""
+"""`compare` and `check`: verdicts on stored runs (`revisions`: on two commits), and the gate for CI."""
 
 from __future__ import annotations
 
@@ -20,11 +20,22 @@ from rooftune.results.record import Record
 
 
 def compare(chosen: argparse.Namespace) -> ExitCode:
-    """Cell by cell, two stored runs. Exit 1: broken or confirmed slower; 3: suspect or undecided."""
+    """Cell by cell, two stored runs, or with --base two revisions. Exit 1: broken or confirmed slower; 3: suspect
+    or undecided."""
     from rooftune.results import report
 
+    if chosen.base is not None or chosen.cand is not None:
+        if chosen.base is None:
+            raise UsageError("--cand needs --base: the revision that it is compared with")
+        from rooftune.commands import revisions
+
+        return revisions.compare(chosen)
+    if len(chosen.what) < 2:
+        raise UsageError("two runs are needed, such as latest~1 latest; or --base REV; next: bench.py compare --help")
+    if len(chosen.what) > 2:
+        raise UsageError(f"'{chosen.what[2]}': nothing is expected there; next: bench.py compare --help")
     common.check_targets(chosen)
-    base, candidate = (store.load_run(store.resolve(text)) for text in (chosen.base, chosen.cand))
+    base, candidate = (store.load_run(store.resolve(text)) for text in chosen.what)
     cells = judge_runs(base, candidate)
     console = common.console(chosen)
     report.compare_table(cells, console)
@@ -32,13 +43,13 @@ def compare(chosen: argparse.Namespace) -> ExitCode:
         for impl, source in evidence.stale(records).items():
             text = f"  stale: the {name}'s {impl} is of source {source[:8]}, not of today's"
             console.print(text, markup=False, style="yellow")
-    _write_cells(chosen, cells)
-    return gate(cells)
+    publish(chosen, cells)
+    return gate(cells, undecided(chosen))
 
 
 def check(chosen: argparse.Namespace) -> ExitCode:
     """Measure the baseline's cells again (or take `--current`) and judge them against it."""
-    from rooftune.results import export, report
+    from rooftune.results import report
 
     common.check_targets(chosen)
     baseline = store.load_run(store.resolve(chosen.baseline))
@@ -48,13 +59,25 @@ def check(chosen: argparse.Namespace) -> ExitCode:
         current = _measure_again(chosen, baseline)
     cells = judge_runs(baseline, current)
     report.compare_table(cells, common.console(chosen))
+    publish(chosen, cells)
+    return gate(cells, undecided(chosen))
+
+
+def undecided(chosen: argparse.Namespace) -> ExitCode:
+    """`--inconclusive`: the exit code where a cell is suspect or undecided."""
+    return ExitCode.OK if chosen.inconclusive == "pass" else ExitCode.INCONCLUSIVE
+
+
+def publish(chosen: argparse.Namespace, cells: Sequence[Cell], lines: Sequence[str] | None = None) -> None:
+    """`--format github`, `--json`, `--junit`. Lines: what is said about the cells, if not what `compare` says."""
+    from rooftune.results import export
+
     if chosen.format == "github" or (chosen.format == "auto" and os.environ.get("GITHUB_ACTIONS") == "true"):
         print("\n".join(export.github_annotations(cells)), file=sys.stderr if common.to_stdout(chosen) else sys.stdout)
         if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
             with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(export.step_summary(cells))
+                file.write(export.step_summary(cells, lines=lines))
     _write_cells(chosen, cells)
-    return gate(cells, ExitCode.OK if chosen.inconclusive == "pass" else ExitCode.INCONCLUSIVE)
 
 
 def _write_cells(chosen: argparse.Namespace, cells: Sequence[Cell]) -> None:

@@ -1,0 +1,115 @@
+"""Two revisions in one session: a few rounds of all cells screen them, fresh rounds of some decide.
+
+Most of a pull request's cells have not changed, so rounds are spent where there is a sign of a change, or where noise
+would hide one. Only rounds taken after the screen decide, hence the chance of a false alarm stays what it says,
+whatever the screen did (measurement.md 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rooftune.results import statistics
+from rooftune.results.compare import COMPARED, SUITE, Cell, Verdict, compare
+from rooftune.results.record import Record
+
+Key = tuple[str, str]  # problem, competitor with its call
+Sides = tuple[Sequence[Record], Sequence[Record]]  # base, candidate
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How two revisions are judged.
+
+    Attributes:
+        screen, confirm: rounds of all cells, and fresh ones of those that are to be decided.
+        margin: a change must exceed this (0.005 = 0.5 %).
+        detect: a cell whose 95 % interval leaves room for a change of this size is undecided (0.1 = 10 %).
+        flag: one-sided p, uncorrected, from which on the screen sees a sign.
+        alpha: chance of one or more false `slower` among all decided cells.
+    """
+
+    screen: int = 8
+    confirm: int = 32
+    margin: float = 0.005
+    detect: float = 0.10
+    flag: float = 0.10
+    alpha: float = 0.01
+
+
+def to_confirm(base: Sequence[Record], candidate: Sequence[Record], rule: Rule) -> list[Key]:
+    """Cells with a sign of a change, or in which one of `detect` may hide."""
+    sides = {_key(r): r.rounds for r in base if r.rounds}
+    found: list[Key] = []
+    for record in candidate:
+        other = sides.get(_key(record))
+        if not record.rounds or other is None:
+            continue
+        sign = statistics.screen({0: (other, record.rounds)}, rule.margin, rule.flag)
+        _, low, high = statistics.ratio(record.rounds, other)
+        if sign or not _within(low, high, rule):
+            found.append(_key(record))
+    return found
+
+
+def verdicts(screened: Sides, decided: Sides, rule: Rule) -> list[Cell]:
+    """(base, candidate) of the screen and of the fresh rounds -> cells, worst first.
+
+    The suite's mean is judged on the screen, of all cells: a test that was planned, at `alpha` like the others. It is
+    no cell of its own where it shows nothing.
+    """
+    late, early = (compare(*sides, margin=rule.margin, alpha=rule.alpha) for sides in (decided, screened))
+    final = [_seen(cell, rule) for cell in late if cell.problem != SUITE]
+    done = {(cell.problem, cell.impl) for cell in final}
+    for cell in early:
+        if cell.problem == SUITE:
+            mean = _seen(cell, rule)
+            final += [mean] if mean.verdict != Verdict.INCONCLUSIVE else []
+        elif (cell.problem, cell.impl) not in done:
+            final.append(_seen(cell, rule))
+    order = list(Verdict)
+    return sorted(final, key=lambda c: (order.index(c.verdict), -(c.ratio or 1.0), c.problem, c.impl))
+
+
+def explain(cells: Sequence[Cell], rule: Rule, decided: int) -> list[str]:
+    """What was tested and how, and what was not compared and why."""
+    timed = [c for c in cells if c.paired and c.verdict in COMPARED and c.problem != SUITE]
+    lines = [
+        f"{len(timed)} cells in {rule.screen} paired rounds; {decided} of them, with a sign of a change or room for "
+        f"one of {rule.detect:.0%}, in {rule.confirm} fresh rounds that alone decide.",
+        f"slower/faster: by more than {rule.margin:.1%}, exact signed-rank test, chance of any false 'slower' at most "
+        f"{rule.alpha:.0%} (Holm), and {rule.alpha:.0%} for the mean of all; same: 95 % interval within ±2 %; "
+        f"{Verdict.UNSEEN}: within ±{rule.detect:.0%}.",
+    ]
+    effects = sorted(c.mde for c in timed if c.mde is not None)
+    if effects:
+        lines.append(
+            f"Smallest change that such fresh rounds find 19 times of 20: {effects[0]:.1%} to {effects[-1]:.1%}."
+        )
+    for verdict in (Verdict.GONE, Verdict.NEW, Verdict.UNMEASURED):
+        those = [c for c in cells if c.verdict == verdict]
+        where = {Verdict.GONE: "in the base only", Verdict.NEW: "in the candidate only"}
+        for reason in dict.fromkeys(c.reason or where.get(verdict, "") for c in those):
+            count = sum((c.reason or where.get(verdict, "")) == reason for c in those)
+            hint = "; next: bench.py static --baseline FILE" if reason.startswith("skipped: runs on") else ""
+            lines.append(f"Not compared, {verdict}: {count} ({reason}){hint}.")
+    return lines
+
+
+def _key(record: Record) -> Key:
+    return record.problem, record.cell[1]
+
+
+def _within(low: float | None, high: float | None, rule: Rule) -> bool:
+    """Whether a slow-down and a speed-up of `detect` are outside of an interval."""
+    return low is not None and high is not None and 1 / (1 + rule.detect) < low and high < 1 + rule.detect
+
+
+def _seen(cell: Cell, rule: Rule) -> Cell:
+    """Undecided, but the interval leaves no room for a change worth knowing: then none was seen."""
+    if cell.verdict != Verdict.INCONCLUSIVE:
+        return cell
+    if _within(cell.lo, cell.hi, rule):
+        return replace(cell, verdict=Verdict.UNSEEN, reason="")
+    return replace(cell, reason=f"{cell.rounds} rounds leave room for a change of {rule.detect:.0%}; more: --confirm")

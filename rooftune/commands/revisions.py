@@ -1,0 +1,185 @@
+"""`compare --base REV`: two revisions' kernels in one session; `selfcheck`: one revision against itself."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rooftune import race, registry, revisions
+from rooftune.commands import common, judge
+from rooftune.core import ExitCode, Problem, Status, UsageError
+from rooftune.registry import Impl
+from rooftune.results import duel, store
+from rooftune.results.compare import Cell, Verdict, gate
+from rooftune.results.duel import Rule
+from rooftune.results.record import Record
+from rooftune.session import Session
+
+WORKING_TREE = "the working tree"
+Pair = tuple[Impl, Impl]  # base, candidate
+Runs = tuple[list[Record], list[Record]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One revision: where its kernels lie (None: here), and a user's files in it."""
+
+    name: str
+    place: Path | None
+    files: list[Path]
+
+
+def compare(chosen: argparse.Namespace) -> ExitCode:
+    """Race each changed competitor of the candidate against the base's. Exit 1: broken or confirmed slower."""
+    rule, timing = _rule(chosen), common.options(chosen)
+    common.check_targets(chosen)
+    with tempfile.TemporaryDirectory(prefix="rooftune-revisions-") as folder:
+        sides = [
+            _side(chosen, revision, Path(folder) / name)
+            for name, revision in (("base", chosen.base), ("candidate", chosen.cand))
+        ]
+        names = " against ".join(side.name for side in sides[::-1])
+        cells, decided = _duel(chosen, sides, rule, timing, lambda pair: chosen.every or _changed(pair))
+    if not cells:
+        common.console(chosen).print(f"{names}: no competitor of these problems changed", markup=False)
+        return ExitCode.OK
+    _show(chosen, cells, f"{names} (ratio above 1: slower now)", duel.explain(cells, rule, decided))
+    return gate(cells, judge.undecided(chosen))
+
+
+def selfcheck(chosen: argparse.Namespace) -> ExitCode:
+    """Race every competitor against itself: how often this machine and our rule cry wolf, and what they would find.
+
+    Exit 3 if a kernel is called slower or faster than itself.
+    """
+    rule, timing = _rule(chosen), common.options(chosen)
+    common.check_targets(chosen)
+    with tempfile.TemporaryDirectory(prefix="rooftune-revisions-") as folder:
+        twin = Path(folder) / "twin"
+        revisions.copy(twin)
+        files = [registry.user_impl(Path(path)).path for path in chosen.load]
+        sides = [Side(WORKING_TREE, None, files), Side("itself", twin, files)]
+        cells, decided = _duel(chosen, sides, rule, timing, lambda pair: True)
+    if not cells:
+        raise UsageError("no competitor of these problems runs here; next: bench.py list")
+    _show(chosen, cells, "Everything against itself", duel.explain(cells, rule, decided))
+    alarms = [c for c in cells if c.verdict in (Verdict.SLOWER, Verdict.FASTER)]
+    timed = [c for c in cells if c.ratio is not None]
+    text = f"false alarms: {len(alarms)} of {len(timed)} cells (at most {rule.alpha:.0%} of such checks have any)"
+    common.console(chosen).print(text, markup=False)
+    return ExitCode.INCONCLUSIVE if alarms else gate(cells, judge.undecided(chosen))
+
+
+def _rule(chosen: argparse.Namespace) -> Rule:
+    for name in ("rounds", "confirm"):
+        if getattr(chosen, name) < 6:
+            raise UsageError(f"--{name} must be 6 or more, not {getattr(chosen, name)}: fewer decide nothing")
+    for name in ("margin", "detect"):
+        if not 0 <= getattr(chosen, name) < 100:
+            raise UsageError(f"--{name} is in percent, from 0 to 100, not {getattr(chosen, name):g}")
+    return Rule(chosen.rounds, chosen.confirm, chosen.margin / 100, chosen.detect / 100)
+
+
+def _side(chosen: argparse.Namespace, revision: str | None, folder: Path) -> Side:
+    files = [registry.user_impl(Path(path)).path for path in chosen.load]
+    if revision is None:
+        return Side(WORKING_TREE, None, files)
+    commit = revisions.commit(revision, files[0] if files else registry.kernel_folder())
+    name = commit if commit == revision else f"{revision} ({commit})"
+    if files:  # their repository is asked, not ours, and our kernels stay as they are
+        return Side(name, None, [revisions.user_file(revision, p, folder / str(i)) for i, p in enumerate(files)])
+    return Side(name, revisions.home(revision, folder), [])
+
+
+def _changed(pair: Pair) -> bool:
+    return pair[0].source_hash != pair[1].source_hash
+
+
+def _duel(
+    chosen: argparse.Namespace,
+    sides: Sequence[Side],
+    rule: Rule,
+    timing: race.Options,
+    wanted: Callable[[Pair], bool],
+) -> tuple[list[Cell], int]:
+    """The cells, and how many of them fresh rounds decided."""
+    name = common.device_name(chosen)
+    loaded = common.users(chosen)
+    problems = common.problems(chosen, name.partition(":")[0], loaded)
+    pairs = {op: [p for p in _pairs(chosen, op, sides, loaded) if wanted(p)] for op in {p.op for p in problems}}
+    problems = [p for p in problems if pairs[p.op]]
+    if not problems:
+        return [], 0
+    path = store.new_run_path(chosen.verb)
+    path = path.parent / "revisions" / path.name  # no run that `latest` may name
+    with Session(chosen.verb, name, chosen.threads, chosen.quiet, path) as session:
+        screen = replace(timing, rounds=rule.screen, launches=1)
+        screened = _rounds(session, {p: pairs[p.op] for p in problems}, screen, sides)
+        keys = duel.to_confirm(*screened, rule)
+        again = {p: [pair for pair in pairs[p.op] if (str(p), pair[1].key) in keys] for p in problems}
+        again = {p: some for p, some in again.items() if some}
+        confirm = replace(timing, rounds=rule.confirm, thorough=False)
+        decided = _rounds(session, again, confirm, sides)
+        session.clear()
+        cells = duel.verdicts(screened, decided, rule)
+        common.console(chosen).print(f"records: {session.path}", style="dim", highlight=False)
+    return cells, len(keys)
+
+
+def _pairs(chosen: argparse.Namespace, op: str, sides: Sequence[Side], loaded: Sequence[Impl]) -> list[Pair]:
+    """Competitors that both sides have. With --load only the user's; torch's own calls are nobody's change."""
+    asked = {impl.key for impl in common.impls(chosen, op, loaded)}
+    known = [
+        {impl.key: impl for impl in revisions.competitors(op, side.place, side.files) if not impl.baseline}
+        for side in sides
+    ]
+    if loaded:
+        asked &= {impl.key for impl in loaded}
+    return [(known[0][key], impl) for key, impl in known[1].items() if key in known[0] and key in asked]
+
+
+def _rounds(session: Session, pairs: dict[Problem, list[Pair]], timing: race.Options, sides: Sequence[Side]) -> Runs:
+    """(base's records, candidate's), of interleaved rounds in fresh processes; stored as soon as a problem is done.
+
+    They are no results: `best` must not take what an older kernel did for today's.
+    """
+    runs: Runs = ([], [])
+    seen: set[Any] = set()
+    for number, (problem, some) in enumerate(pairs.items()):
+        session.check_memory(problem, registry.op(problem.op).memory_bytes(problem))
+        impls = [[pair[side] for pair in some] for side in (0, 1)]
+        for impl in (*impls[0], *impls[1]):
+            session.lab.retire(impl)
+
+        def event(kind: str, text: str, place: str = f"[{number + 1}/{len(pairs)}]", p: Problem = problem) -> None:
+            session.say(f"{place} {text if kind == 'time' else f'{p}: {kind} {text}'}")
+
+        fields = [race.entrants(session.lab, problem, each, event) for each in impls]
+        seen |= {race.checked(problem, entrant) for entrant in fields[0]}  # the base has been checked as what it was
+        race.run_rounds(
+            session.lab,
+            problem,
+            [e for field in fields for e in field if e.status == Status.OK],
+            timing,
+            seen,
+            event,
+        )
+        for run, field, side in zip(runs, fields, sides, strict=True):
+            records = race.judge(registry.op(problem.op), problem, field, timing, None, session.lab)
+            for record in records:
+                record.regime["session"] = f"{session.run}:{timing.rounds}"
+                record.device, record.versions = session.about, session.versions
+                session.log.append(record.to_json() | {"kind": "revision", "side": side.name})
+            run += records
+    return runs
+
+
+def _show(chosen: argparse.Namespace, cells: Sequence[Cell], title: str, lines: Sequence[str]) -> None:
+    from rooftune.results import report
+
+    report.compare_table(cells, common.console(chosen), title=title, lines=lines)
+    judge.publish(chosen, cells, lines)

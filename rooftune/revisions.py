@@ -1,0 +1,105 @@
+"""Kernels of another commit, measured by today's code.
+
+What a commit's kernels are timed by must not differ from what today's are timed by, so a worker gets a copy of this
+package whose `kernels` folder is the commit's. Everything lies in a temporary folder; the checkout is only read.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import rooftune
+from rooftune import registry
+from rooftune.core import UsageError
+from rooftune.registry import Impl
+
+LEFT_OUT = ("kernels", "__pycache__", "reference", "runs")  # of the copy: replaced, or not needed to measure
+
+
+def commit(revision: str, beside: Path) -> str:
+    """The short hash of a revision of the repository that a file or folder lies in.
+
+    Raises:
+        UsageError: no git, no repository, or no such revision.
+    """
+    known = _git(beside, "rev-parse", "--verify", "--quiet", "--short", f"{revision}^{{commit}}", check=False)
+    if not known:
+        recent = _git(beside, "for-each-ref", "--count=5", "--format=%(refname:short)", "refs/heads", "refs/tags")
+        raise UsageError(
+            f"unknown revision '{revision}' in {_top(beside)}; known: {', '.join(recent.decode().split())} and "
+            "any commit; next: git log --oneline"
+        )
+    return known.decode().strip()
+
+
+def home(revision: str, target: Path) -> Path:
+    """A copy of this package with a revision's kernels, for `Impl.home`.
+
+    Args:
+        target: a folder that is made.
+    Raises:
+        UsageError: rooftune does not lie in a git checkout, or the revision has no kernels.
+    """
+    _package(target)
+    _extract(revision, registry.kernel_folder().resolve(), target / "rooftune" / "kernels")
+    return target
+
+
+def copy(target: Path) -> Path:
+    """A copy of this package with the kernels as they lie here."""
+    _package(target)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(registry.kernel_folder(), target / "rooftune" / "kernels", ignore=ignored)
+    return target
+
+
+def _package(target: Path) -> None:
+    shutil.copytree(Path(rooftune.__file__).parent, target / "rooftune", ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+
+def user_file(revision: str, path: Path, target: Path) -> Path:
+    """A user's kernel file as it was in a revision of its own repository, with the folder that it lies in."""
+    _extract(revision, path.parent, target)
+    if not (target / path.name).is_file():
+        raise UsageError(f"{path.name} is not in revision {revision} of {_top(path)}")
+    return target / path.name
+
+
+def competitors(op: str, place: Path | None, files: list[Path]) -> list[Impl]:
+    """The competitors of an operator: those of a `home` (today's: None), then users' files."""
+    own = registry.impls(op) if place is None else registry.impls_at(op, place)
+    return [*own, *(found for found in map(registry.user_impl, files) if found.op == op)]
+
+
+def _top(beside: Path) -> Path:
+    return Path(_git(beside, "rev-parse", "--show-toplevel").decode().strip())
+
+
+def _extract(revision: str, folder: Path, target: Path) -> None:
+    """A folder of the repository it lies in, as it was in a revision."""
+    top = _top(folder)
+    inside = folder.resolve().relative_to(top.resolve()).as_posix()
+    data = _git(top, "archive", "--format=tar", f"{revision}:{'' if inside == '.' else inside}", check=False)
+    if not data:
+        raise UsageError(f"{inside} is not in revision {revision} of {top}")
+    target.mkdir(parents=True)
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        archive.extractall(target, filter="data")
+
+
+def _git(beside: Path, *arguments: str, check: bool = True) -> bytes:
+    folder = beside if beside.is_dir() else beside.parent
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
+    except OSError as error:
+        raise UsageError(f"git cannot be run, and revisions are taken from it: {error}") from error
+    if done.returncode and check:
+        text = done.stderr.decode(errors="replace").strip().splitlines()
+        raise UsageError(
+            f"{folder}: {text[-1] if text else 'git ' + arguments[0] + ' failed'}; revisions need a checkout"
+        )
+    return b"" if done.returncode else done.stdout
