@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   python bench.py run softmax --load my_kernel.py   your kernel joins the race
   python bench.py tune softmax --budget 60s         find a better config, keep it only if it is better
   python bench.py block --model gpt2 --phase decode
+  python bench.py compare --base origin/main        the CI gate: a commit's kernels against today's, in one session
 
 Every option can be set by the environment: --rounds 20 is ROOFTUNE_ROUNDS=20 (doctor --environment lists all).
 Exit codes: 0 ok, 1 regression or wrong result, 2 bad arguments or data, 3 inconclusive, 4 nothing ran here."""
@@ -203,6 +204,7 @@ def parser() -> Parser:
     for each in verbs.choices.values():
         _environment_defaults(each)
     doctor.set_defaults(variables=lambda: _variables(verbs.choices))
+    compare.set_defaults(unchosen=lambda: top.parse_args(["compare"]))
     return top
 
 

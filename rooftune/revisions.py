@@ -57,6 +57,14 @@ def copy(target: Path) -> Path:
     return target
 
 
+def copy_file(path: Path, target: Path) -> Path:
+    """A copy of a user's kernel file, with the CUDA C++ of its name beside it."""
+    target.mkdir(parents=True)
+    for each in path.parent.glob(f"{path.stem}.*"):
+        shutil.copy(each, target)
+    return target / path.name
+
+
 def _package(target: Path) -> None:
     shutil.copytree(Path(rooftune.__file__).parent, target / "rooftune", ignore=shutil.ignore_patterns(*LEFT_OUT))
 

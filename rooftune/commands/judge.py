@@ -18,6 +18,8 @@ from rooftune.results.compare import Cell, gate
 from rooftune.results.compare import compare as judge_runs
 from rooftune.results.record import Record
 
+RUNS = ("verbose", "verb", "what", "unchosen", "inconclusive", "format", "json", "junit", "quiet")  # of stored runs
+
 
 def compare(chosen: argparse.Namespace) -> ExitCode:
     """Cell by cell, two stored runs, or with --base two revisions. Exit 1: broken or confirmed slower; 3: suspect
@@ -30,6 +32,11 @@ def compare(chosen: argparse.Namespace) -> ExitCode:
         from rooftune.commands import revisions
 
         return revisions.compare(chosen)
+    for name, value in vars(chosen.unchosen()).items():
+        if name not in RUNS and getattr(chosen, name) != value:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is about racing, and stored runs are raced no more: add --base REV"
+            )
     if len(chosen.what) < 2:
         raise UsageError("two runs are needed, such as latest~1 latest; or --base REV; next: bench.py compare --help")
     if len(chosen.what) > 2:

@@ -43,11 +43,13 @@ def compare(chosen: argparse.Namespace) -> ExitCode:
             for name, revision in (("base", chosen.base), ("candidate", chosen.cand))
         ]
         names = " against ".join(side.name for side in sides[::-1])
+        lone = _lone(chosen, sides)
         cells, decided = _duel(chosen, sides, rule, timing, lambda pair: chosen.every or _changed(pair))
     if not cells:
-        common.console(chosen).print(f"{names}: no competitor of these problems changed", markup=False)
+        text = "; ".join(("no competitor that both have changed", *lone))
+        common.console(chosen).print(f"{names}: {text}", markup=False)
         return ExitCode.OK
-    _show(chosen, cells, f"{names} (ratio above 1: slower now)", duel.explain(cells, rule, decided))
+    _show(chosen, cells, f"{names} (ratio above 1: slower now)", [*duel.explain(cells, rule, decided), *lone])
     return gate(cells, judge.undecided(chosen))
 
 
@@ -59,17 +61,18 @@ def selfcheck(chosen: argparse.Namespace) -> ExitCode:
     rule, timing = _rule(chosen), common.options(chosen)
     common.check_targets(chosen)
     with tempfile.TemporaryDirectory(prefix="rooftune-revisions-") as folder:
-        twin = Path(folder) / "twin"
-        revisions.copy(twin)
+        twin = revisions.copy(Path(folder) / "twin")
         files = [registry.user_impl(Path(path)).path for path in chosen.load]
-        sides = [Side(WORKING_TREE, None, files), Side("itself", twin, files)]
+        again = [revisions.copy_file(path, twin / str(i)) for i, path in enumerate(files)]
+        sides = [Side(WORKING_TREE, None, files), Side("itself", twin, again)]
         cells, decided = _duel(chosen, sides, rule, timing, lambda pair: True)
     if not cells:
         raise UsageError("no competitor of these problems runs here; next: bench.py list")
     _show(chosen, cells, "Everything against itself", duel.explain(cells, rule, decided))
     alarms = [c for c in cells if c.verdict in (Verdict.SLOWER, Verdict.FASTER)]
-    timed = [c for c in cells if c.ratio is not None]
-    text = f"false alarms: {len(alarms)} of {len(timed)} cells (at most {rule.alpha:.0%} of such checks have any)"
+    timed = sum(c.ratio is not None for c in cells)
+    most = 4 * rule.alpha  # slower and faster, cells and their mean
+    text = f"false alarms: {len(alarms)} in {timed} cells (by the rule at most {most:.0%} of such checks have one)"
     common.console(chosen).print(text, markup=False)
     return ExitCode.INCONCLUSIVE if alarms else gate(cells, judge.undecided(chosen))
 
@@ -130,16 +133,25 @@ def _duel(
     return cells, len(keys)
 
 
+def _known(op: str, side: Side) -> dict[str, Impl]:
+    """A side's competitors by key; torch's own calls are nobody's change."""
+    return {impl.key: impl for impl in revisions.competitors(op, side.place, side.files) if not impl.baseline}
+
+
 def _pairs(chosen: argparse.Namespace, op: str, sides: Sequence[Side], loaded: Sequence[Impl]) -> list[Pair]:
-    """Competitors that both sides have. With --load only the user's; torch's own calls are nobody's change."""
-    asked = {impl.key for impl in common.impls(chosen, op, loaded)}
-    known = [
-        {impl.key: impl for impl in revisions.competitors(op, side.place, side.files) if not impl.baseline}
-        for side in sides
-    ]
-    if loaded:
-        asked &= {impl.key for impl in loaded}
-    return [(known[0][key], impl) for key, impl in known[1].items() if key in known[0] and key in asked]
+    """Competitors that both sides have. With --load only the user's."""
+    asked = {impl.key for impl in loaded or common.impls(chosen, op, loaded)}
+    base, candidate = (_known(op, side) for side in sides)
+    return [(base[key], impl) for key, impl in candidate.items() if key in base and key in asked]
+
+
+def _lone(chosen: argparse.Namespace, sides: Sequence[Side]) -> list[str]:
+    """Competitors that one side alone has: a line for each side that has some."""
+    if chosen.load:
+        return []
+    every = [{key for op in registry.op_names() for key in _known(op, side)} for side in sides]
+    only = [sorted(every[0] - every[1]), sorted(every[1] - every[0])]
+    return [f"only in {side.name}: {', '.join(keys)}" for side, keys in zip(sides, only, strict=True) if keys]
 
 
 def _rounds(session: Session, pairs: dict[Problem, list[Pair]], timing: race.Options, sides: Sequence[Side]) -> Runs:
@@ -160,14 +172,11 @@ def _rounds(session: Session, pairs: dict[Problem, list[Pair]], timing: race.Opt
 
         fields = [race.entrants(session.lab, problem, each, event) for each in impls]
         seen |= {race.checked(problem, entrant) for entrant in fields[0]}  # the base has been checked as what it was
-        race.run_rounds(
-            session.lab,
-            problem,
-            [e for field in fields for e in field if e.status == Status.OK],
-            timing,
-            seen,
-            event,
-        )
+        runners = [e for field in fields for e in field if e.status == Status.OK]
+        race.run_rounds(session.lab, problem, runners, timing, seen, event)
+        for entrant in runners:
+            if entrant.handle is not None:
+                session.lab.release(entrant.impl, entrant.handle)
         for run, field, side in zip(runs, fields, sides, strict=True):
             records = race.judge(registry.op(problem.op), problem, field, timing, None, session.lab)
             for record in records:

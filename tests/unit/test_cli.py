@@ -41,6 +41,7 @@ BAD = {
     "no such folder": (["run", "softmax", "--json", "/no/such/folder/x.jsonl"], "there is no folder /no/such/folder"),
     "no such run": (["compare", "nothing", "latest"], "nothing"),
     "one run alone": (["compare", "latest"], "two runs are needed, such as latest~1 latest; or --base REV"),
+    "rounds of stored runs": (["compare", "a", "b", "--rounds", "9"], "--rounds is about racing"),
     "no such revision": (["compare", "--base", "nope", "softmax"], "nope"),
     "a candidate without a base": (["compare", "--cand", "HEAD"], "--cand needs --base"),
     "too few deciding rounds": (["selfcheck", "--confirm", "3"], "--confirm must be 6 or more, not 3"),

@@ -61,10 +61,10 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "repo"
 
 
-def compare(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(repository: Path, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = str(repository / "kernels" / "softmax" / "mine.py")
-    command = [sys.executable, "bench.py", "compare", "--base", "HEAD", "--load", path, "softmax[m=256,n=256,fp32]"]
-    command += ["--rounds", "8", "--confirm", "12", "--threads", "1", "-q", "--launches", "1", *arguments]
+    command = [sys.executable, "bench.py", verb, *arguments, "--load", path, "softmax[m=256,n=256,fp32]", "-q"]
+    command += ["--rounds", "8", "--confirm", "12", "--threads", "1", "--launches", "1"]
     env = {**os.environ, "ROOFTUNE_RESULTS_DIR": str(repository.parent / "runs")}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
 
@@ -123,7 +123,7 @@ def test_a_worker_runs_the_kernels_of_its_home(tmp_path: Path) -> None:
 
 @NEEDS_TORCH
 def test_a_slower_kernel_is_found_and_an_unchanged_one_is_not_raced(repository: Path) -> None:
-    done = compare(repository)
+    done = bench(repository, "compare", "--base", "HEAD")
     assert done.returncode == ExitCode.REGRESSION, done.stdout + done.stderr
     assert "slower" in done.stdout
     assert store.list_runs(repository.parent / "runs") == []  # an old kernel's times are nobody's latest run
@@ -132,14 +132,22 @@ def test_a_slower_kernel_is_found_and_an_unchanged_one_is_not_raced(repository: 
     assert [len(line["rounds"]) for line in kept] == [8, 8, 12, 12]
     assert [line["side"].partition(" ")[0] for line in kept] == ["HEAD", "the"] * 2
     git(repository, "checkout", "-q", "--", ".")
-    done = compare(repository)
+    done = bench(repository, "compare", "--base", "HEAD")
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
-    assert "no competitor of these problems changed" in done.stdout
+    assert "no competitor that both have changed" in done.stdout
 
 
 @NEEDS_TORCH
 def test_a_wrong_kernel_is_broken(repository: Path) -> None:
     (repository / "kernels" / "softmax" / "mine.py").write_text(KERNEL.format(times=1, more="out[0, 0] += 0.5"))
-    done = compare(repository, "--json")
+    done = bench(repository, "compare", "--base", "HEAD", "--json")
     assert done.returncode == ExitCode.REGRESSION, done.stdout + done.stderr
     assert '"verdict": "broken"' in done.stdout
+
+
+@NEEDS_TORCH
+def test_a_kernel_against_itself_in_processes_of_their_own(repository: Path) -> None:
+    done = bench(repository, "selfcheck", "--only", "torch", "--inconclusive", "pass")
+    assert "false alarms: " in done.stdout, done.stdout + done.stderr
+    assert done.returncode == (ExitCode.OK if "false alarms: 0 in 1 cells" in done.stdout else ExitCode.INCONCLUSIVE)
+    assert "the working tree" in next((repository.parent / "runs" / "revisions").iterdir()).read_text()
