@@ -42,7 +42,6 @@ BAD = {
     "no such run": (["compare", "nothing", "latest"], "nothing"),
     "one run alone": (["compare", "latest"], "two runs are needed, such as latest~1 latest; or --base REV"),
     "rounds of stored runs": (["compare", "a", "b", "--rounds", "9"], "--rounds is about racing"),
-    "no such revision": (["compare", "--base", "nope", "softmax"], "nope"),
     "a candidate without a base": (["compare", "--cand", "HEAD"], "--cand needs --base"),
     "too few deciding rounds": (["selfcheck", "--confirm", "3"], "--confirm must be 6 or more, not 3"),
     "a margin that is none": (["compare", "--base", "HEAD", "--margin", "-1"], "--margin is in percent"),
