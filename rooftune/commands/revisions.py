@@ -14,7 +14,7 @@ from rooftune.commands import common, judge
 from rooftune.core import ExitCode, Problem, Status, UsageError
 from rooftune.registry import Impl
 from rooftune.results import duel, store
-from rooftune.results.compare import Cell, Verdict, gate
+from rooftune.results.compare import SUITE, Cell, Verdict, gate
 from rooftune.results.duel import Rule
 from rooftune.results.record import Record
 from rooftune.session import Session
@@ -70,7 +70,7 @@ def selfcheck(chosen: argparse.Namespace) -> ExitCode:
         raise UsageError("no competitor of these problems runs here; next: bench.py list")
     _show(chosen, cells, "Everything against itself", duel.explain(cells, rule, decided))
     alarms = [c for c in cells if c.verdict in (Verdict.SLOWER, Verdict.FASTER)]
-    timed = sum(c.ratio is not None for c in cells)
+    timed = sum(c.ratio is not None for c in cells if c.problem != SUITE)
     most = 4 * rule.alpha  # slower and faster, cells and their mean
     text = f"false alarms: {len(alarms)} in {timed} cells (by the rule at most {most:.0%} of such checks have one)"
     common.console(chosen).print(text, markup=False)
