@@ -33,8 +33,10 @@ Every option can be set by the environment: --rounds 20 is ROOFTUNE_ROUNDS=20 (d
 Exit codes: 0 ok, 1 regression or wrong result, 2 bad arguments or data, 3 inconclusive, 4 nothing ran here."""
 
 
-def _add_race_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("what", nargs="*", metavar="OP|PROBLEM", help="operators (all), or softmax[m=64,n=512]")
+def _add_race_options(
+    verb: argparse.ArgumentParser, metavar: str = "OP|PROBLEM", what: str = "operators (all), or softmax[m=64,n=512]"
+) -> None:
+    verb.add_argument("what", nargs="*", metavar=metavar, help=what)
     verb.add_argument("--problem", action="append", default=[], help="a problem; may be repeated")
     verb.add_argument("--suite", default="quick", help="which problems: quick, llm, square, ... (all: bench.py)")
     verb.add_argument("--precision", "--dtype", default="", help="fp32,bf16,... (default: fp32 and bf16)")
@@ -64,10 +66,6 @@ def _add_gate_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_revision_options(verb: argparse.ArgumentParser) -> None:
-    _add_race_options(verb)
-    if verb.prog.endswith("compare"):
-        what = next(action for action in verb._actions if action.dest == "what")
-        what.metavar, what.help = "RUN", "two stored runs: ids, files, latest~1 latest"
     verb.set_defaults(suite="ci")
     verb.add_argument("--rounds", type=int, default=8, help="of all cells, in which a sign of a change is looked for")
     verb.add_argument("--confirm", type=int, default=32, help="fresh rounds that decide where there is one")
@@ -164,15 +162,15 @@ def parser() -> Parser:
     _add_device_options(block)
     _add_output_options(block, ("json",))
     compare = verb("compare", "verdict per cell of two stored runs, or of two revisions raced in one session")
+    _add_race_options(compare, "RUN|OP|PROBLEM", "two runs (ids, files, latest~1 latest); with --base what to race")
     _add_revision_options(compare)
-    compare.add_argument(
-        "--base", metavar="REV", help="a commit: its kernels against today's; then words are OP|PROBLEM"
-    )
+    compare.add_argument("--base", metavar="REV", help="a commit: its kernels against today's")
     compare.add_argument("--cand", metavar="REV", help="another commit instead of the working tree")
     compare.add_argument("--every", action="store_true", help="also competitors whose source did not change")
     selfcheck = verb("selfcheck", "everything against itself: false alarms, and the smallest change found here")
+    _add_race_options(selfcheck)
     _add_revision_options(selfcheck)
-    check = verb("check", "the CI gate: measure a baseline's cells again and give a verdict")
+    check = verb("check", "measure a stored baseline's cells again: broken, or suspect at most")
     check.add_argument("--baseline", required=True, metavar="FILE")
     check.add_argument("--current", metavar="FILE", help="judge this stored run instead of measuring")
     check.add_argument("--rounds", type=int, default=10)

@@ -104,6 +104,11 @@ def compare(
         mean = tuple(statistics.suite_rounds([pair[side] for pair in paired.values()]) for side in (0, 1))
         whole = Cell(SUITE, "geometric mean", Verdict.SAME, paired=True)
         cells.append(_decided(whole, statistics.decide({0: (mean[0], mean[1])}, margin, same, alpha)[0]))
+    return worst_first(cells)
+
+
+def worst_first(cells: Iterable[Cell]) -> list[Cell]:
+    """By verdict, then by how much slower."""
     order = list(Verdict)
     return sorted(cells, key=lambda c: (order.index(c.verdict), -(c.ratio or 1.0), c.problem, c.impl))
 
@@ -292,10 +297,17 @@ def explain(cells: Sequence[Cell], margin: float = 0.005, same: float = 0.02, al
         )
     if untimed := sum(c.verdict == Verdict.SAME and c.ratio is None for c in cells):
         lines.append(f"{untimed} results without a time (emulated, compiled) are ok as before.")
+    lines += not_compared(cells)
+    if command := remeasure(cells):
+        lines.append(f"Measure again: {command}")
+    return lines
+
+
+def not_compared(cells: Sequence[Cell]) -> list[str]:
+    """What has no verdict on its time, and why: a line for each reason."""
+    lines: list[str] = []
     for verdict in (Verdict.INCOMPARABLE, Verdict.GONE, Verdict.NEW, Verdict.UNMEASURED):
         reasons = Counter(c.reason or f"in the {'base' if verdict == Verdict.GONE else 'candidate'} only"
                           for c in cells if c.verdict == verdict)  # fmt: skip
         lines += [f"Not compared, {verdict}: {count} ({reason})." for reason, count in reasons.most_common()]
-    if command := remeasure(cells):
-        lines.append(f"Measure again: {command}")
     return lines

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rooftune.results import statistics
-from rooftune.results.compare import COMPARED, SUITE, Cell, Verdict, compare
+from rooftune.results.compare import COMPARED, SUITE, Cell, Verdict, compare, not_compared, worst_first
 from rooftune.results.record import Record
 
-Key = tuple[str, str]  # problem, competitor with its call
+Key = tuple[str, str]  # problem, competitor
 Sides = tuple[Sequence[Record], Sequence[Record]]  # base, candidate
 
 
@@ -39,18 +39,18 @@ class Rule:
 
 
 def to_confirm(base: Sequence[Record], candidate: Sequence[Record], rule: Rule) -> list[Key]:
-    """Cells with a sign of a change, or in which one of `detect` may hide."""
-    sides = {_key(r): r.rounds for r in base if r.rounds}
+    """Competitors, by problem, with a sign of a change or room for one of `detect`; each with all its calls."""
+    sides = {r.cell: r.rounds for r in base if r.rounds}
     found: list[Key] = []
     for record in candidate:
-        other = sides.get(_key(record))
+        other = sides.get(record.cell)
         if not record.rounds or other is None:
             continue
         sign = statistics.screen({0: (other, record.rounds)}, rule.margin, rule.flag)
         _, low, high = statistics.ratio(record.rounds, other)
         if sign or not _within(low, high, rule):
-            found.append(_key(record))
-    return found
+            found.append((record.problem, record.impl))
+    return list(dict.fromkeys(found))
 
 
 def verdicts(screened: Sides, decided: Sides, rule: Rule) -> list[Cell]:
@@ -68,8 +68,7 @@ def verdicts(screened: Sides, decided: Sides, rule: Rule) -> list[Cell]:
             final += [mean] if mean.verdict != Verdict.INCONCLUSIVE else []
         elif (cell.problem, cell.impl) not in done:
             final.append(_seen(cell, rule))
-    order = list(Verdict)
-    return sorted(final, key=lambda c: (order.index(c.verdict), -(c.ratio or 1.0), c.problem, c.impl))
+    return worst_first(final)
 
 
 def explain(cells: Sequence[Cell], rule: Rule, decided: int) -> list[str]:
@@ -87,18 +86,10 @@ def explain(cells: Sequence[Cell], rule: Rule, decided: int) -> list[str]:
         lines.append(
             f"Smallest change that such fresh rounds find 19 times of 20: {effects[0]:.1%} to {effects[-1]:.1%}."
         )
-    for verdict in (Verdict.GONE, Verdict.NEW, Verdict.UNMEASURED):
-        those = [c for c in cells if c.verdict == verdict]
-        where = {Verdict.GONE: "in the base only", Verdict.NEW: "in the candidate only"}
-        for reason in dict.fromkeys(c.reason or where.get(verdict, "") for c in those):
-            count = sum((c.reason or where.get(verdict, "")) == reason for c in those)
-            hint = "; next: bench.py static --baseline FILE" if reason.startswith("skipped: runs on") else ""
-            lines.append(f"Not compared, {verdict}: {count} ({reason}){hint}.")
+    lines += not_compared(cells)
+    if any(c.reason.startswith("skipped: runs on") for c in cells):
+        lines.append("For competitors whose device is not here: python bench.py static --baseline FILE")
     return lines
-
-
-def _key(record: Record) -> Key:
-    return record.problem, record.cell[1]
 
 
 def _within(low: float | None, high: float | None, rule: Rule) -> bool:

@@ -45,7 +45,7 @@ def files(path: Path, roots: Mapping[str, Path]) -> list[Path]:
             # `cupy.cu` beside `cupy.py`; the operator's __init__ has no such neighbours
             left += file.parent.glob(f"{file.stem}.*")
         elif file.suffix in CUDA:
-            left += included(file, [root / HEADERS for root in roots.values()])
+            found.update(included(file, [root / HEADERS for root in roots.values()]))
     return sorted(found)
 
 

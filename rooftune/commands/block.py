@@ -21,7 +21,7 @@ from rooftune.suites import block as blocks
 from rooftune.suites import block_plan
 
 # Of the race between a step's competitors; the layer itself is timed with --rounds. Of 6 rounds the interval is their
-# whole range, and one disturbed round left a step to torch in which ours took 0.6 of its time.
+# whole range: one disturbed round is enough to leave a step to torch.
 STEP_ROUNDS = 10
 
 

@@ -74,6 +74,17 @@ def test_quiet_cells_cost_no_more_rounds() -> None:
     assert [name for _, name in found] == ["softmax/slow", "softmax/noisy"]
 
 
+def test_a_competitor_is_confirmed_with_all_its_calls() -> None:
+    quick, slow = sides("screen", 8, {"a": (0.0, 0.002, 0.002)}), sides("screen", 8, {"a": (0.05, 0.002, 0.002)})
+    for calls, name in ((quick, "one"), (slow, "two")):
+        for record in (*calls[0], *calls[1]):
+            record.config = {"call": name}
+    both = [*quick[0], *slow[0]], [*quick[1], *slow[1]]
+    assert duel.to_confirm(*both, RULE) == [("softmax[m=8,n=500,fp32]", "softmax/a")]
+    cells = duel.verdicts(both, ([], []), RULE)
+    assert {c.impl for c in cells if c.problem != SUITE} == {"softmax/a:one", "softmax/a:two"}
+
+
 def test_what_the_screen_saw_by_luck_is_no_verdict() -> None:
     truth = {"lucky": (0.0, 0.003, 0.003), "other": (0.0, 0.003, 0.003)}
     assert judged(truth, screen={"lucky": 0.05})["lucky"] == Verdict.SAME
@@ -100,7 +111,8 @@ def test_a_kernel_that_breaks_is_broken_and_one_that_is_gone_is_said() -> None:
     }
     assert gate(cells) == ExitCode.REGRESSION
     lines = duel.explain(cells, RULE, 0)
-    assert any("1 (skipped: runs on cuda, not on cpu); next: bench.py static" in line for line in lines)
+    assert any("unmeasured: 1 (skipped: runs on cuda, not on cpu)" in line for line in lines)
+    assert any("bench.py static --baseline" in line for line in lines)
 
 
 def test_false_alarms_of_many_unchanged_cells() -> None:
