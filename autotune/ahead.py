@@ -23,11 +23,11 @@ from rooftune.registry import Impl
 
 COMPILE_S = 300.0  # deadline of one compilation; ptxas on a spilling attention kernel takes a minute
 CORES_LEFT = 2  # for the process that times and its parent
-MAX_WORKERS = 6  # each holds a compiler of some 300 MB
+MAX_WORKERS = 12  # each holds a compiler of some 300 MB
 REGISTERS = 65536  # of a multiprocessor, from compute capability 3.7 on
 # Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications).
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
-LOOK_AHEAD = 12  # configs in the queue at most: those of an older proposal are not worth a core any more
+LOOK_AHEAD = 24  # configs in the queue at most: those of an older proposal are not worth a core any more
 
 
 class Ahead:

@@ -6,6 +6,7 @@ brings it back to where it was.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import numpy as np
 
 from rooftune import device, race
 from rooftune.autotune import final, search
-from rooftune.autotune.ahead import Ahead
+from rooftune.autotune.ahead import LOOK_AHEAD, Ahead
 from rooftune.autotune.formats import Tuning
 from rooftune.autotune.journal import SCHEMA, Journal, Trial, canonical, default_path, digest, toolchain
 from rooftune.autotune.limits import Budget, constraint
@@ -161,8 +162,12 @@ class Job:
         return trial
 
     def _likely(self) -> list[Config]:
-        """What the search may propose next: one axis from the best so far, small steps first."""
+        """What the search may propose next: one axis from the best so far, small steps first; all in turn, the next."""
         trials = self.journal.trials
+        if self.what["search"] == "exhaustive" and self._next is not None:
+            after = range(self.space.row(self._next) + 1, len(self.space))
+            ordered = (self.space.config(row) for row in after)
+            return list(itertools.islice((c for c in ordered if canonical(c) not in trials), LOOK_AHEAD))
         ran = [t for t in trials.values() if t.value is not None]
         best = self.space.row(min(ran, key=lambda t: t.value or 0.0).config if ran else self.default)
         near = np.flatnonzero(self.space.differs(best) == 1)

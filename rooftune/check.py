@@ -24,6 +24,8 @@ WHOLE_FLOPS = 3e8  # above this many operations, or values, the float64 referenc
 WHOLE_VALUES = 2**19  # a float64 softmax of 8 M values and its error model take 5 s of a core
 SAMPLED_ROWS = 48  # at least, and as many as make SAMPLED_VALUES
 SAMPLED_VALUES = 2**17
+DEVICE_VALUES = 2**20  # inputs of more values are compared where they are: 48 float64 rows of a product of 4096 take
+DOUBLES = 24  # a core 0.3 s with the copies. So many bytes a value needs meanwhile: its float64, two results of that
 POISON_BYTE = 0xFF  # all ones is a NaN in every float format here, and -1 in the integers
 
 
@@ -164,6 +166,36 @@ def judge_parts(
     return "", worst
 
 
+def place(tensors: Sequence[Any], device: str) -> str:
+    """Where (torch's name) the float64 reference of these inputs is computed.
+
+    On the host; on the GPU itself where they are large and half of its free memory holds their float64. A thorough
+    check also has small problems, whose reference is the host's: no kernel is judged by its own device alone.
+    """
+    import torch
+
+    values = sum(t.numel() for t in tensors)
+    if device == "cpu" or values <= DEVICE_VALUES:
+        return "cpu"
+    return device if DOUBLES * values <= torch.cuda.mem_get_info(device)[0] / 2 else "cpu"
+
+
+def compare(
+    op: Op, problem: Problem, out: Any, tensors: Sequence[Any], rows: Sequence[int] | None, kind: str, where: str
+) -> tuple[str, dict[str, float]]:
+    """`judge_parts` of an output [rows, columns], or of those rows of it, against float64 of the inputs.
+
+    `where`: as `place` said; it is torch's default device meanwhile, on which a reference makes its tensors."""
+    import torch
+
+    inputs = [t.detach().to(where) for t in tensors]
+    if where != "cpu":  # every e4m3 is a bf16, and not all of torch's GPU calls know the former
+        inputs = [t.bfloat16() if t.dtype == torch.float8_e4m3fn else t for t in inputs]
+    with torch.device(where):
+        ref = op.reference(problem, inputs, rows)
+        return judge_parts(op, problem, (out if rows is None else out[rows]).to(where), ref, rows, kind)
+
+
 def settle(result: Any, out: Any) -> None:
     """Put what a competitor returned, if anything, where it was to be written; a tuple holds the parts.
 
@@ -279,13 +311,14 @@ def _check_case(op: Op, problem: Problem, run: Run, seed: int, device: str, kind
     whole = op.flops(problem) <= WHOLE_FLOPS and math.prod(shape) <= WHOLE_VALUES
     count = SAMPLED_ROWS if op.bound == "compute" else max(SAMPLED_ROWS, SAMPLED_VALUES // shape[-1])
     rows = None if whole else sample_rows(rows_total, seed, count, op.parts(problem))
+    where = place(tensors, device)
     figures: dict[str, float] = {}
     for turn in range(2):
         if turn:  # same pointers, other contents: a result cached by address is stale now (C5)
             changed = op.inputs(problem, generator(device, seed + 1), device, kind)
             for t, fresh in zip(tensors, changed, strict=True):
                 t.copy_(fresh)
-        pristine = [t.detach().to("cpu", copy=True) for t in tensors]
+        pristine = [t.detach().to(where, copy=True) for t in tensors]
         out.poison()
         settle(run(out.tensor, *tensors), out.tensor)
         _sync(device)
@@ -298,9 +331,7 @@ def _check_case(op: Op, problem: Problem, run: Run, seed: int, device: str, kind
         got = out.tensor.detach().reshape(rows_total, shape[-1])
         if got.numel() and got.is_floating_point() and kind == "normal" and bool(got.isnan().all()):
             return Verdict(False, f"output never written ({kind} input)")
-        ref = op.reference(problem, pristine, rows)
-        picked = (got if rows is None else got[rows]).cpu()
-        problem_found, found = judge_parts(op, problem, picked, ref, rows, kind)
+        problem_found, found = compare(op, problem, got, pristine, rows, kind, where)
         if not problem_found and rows is not None and kind == "normal" and dtype != "int32":
             holes = _holes(op, problem, got)  # rows that were not compared were at least written
             problem_found = f"{holes} of {got.numel()} values never written or not finite" if holes else ""

@@ -154,12 +154,12 @@ class Block:
             if not step.problem:
                 continue
             problem = registry.problem(step.problem)
-            got = self.tensors[step.name].detach().cpu()
+            got = self.tensors[step.name].detach()
             got = got.reshape(-1, got.shape[-1])
             rows = check.sample_rows(got.shape[0], seed, SAMPLED_ROWS)
-            inputs = [self.tensors[name].detach().cpu() for name in step.reads]
-            op = registry.op(problem.op)
-            wrong, figures = check.judge(op, problem, got[rows], op.reference(problem, inputs, rows), "block")
+            inputs = [self.tensors[name] for name in step.reads]
+            where = check.place(inputs, self.device)
+            wrong, figures = check.compare(registry.op(problem.op), problem, got, inputs, rows, "block", where)
             if wrong:
                 return f"step {step.name}: {wrong}", figures.get("max_error")
             worst = max(worst, figures["max_error"])

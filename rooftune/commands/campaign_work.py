@@ -43,9 +43,9 @@ class Campaign:
             MOST_PATIENCE_S if self.plan.phase == "probe" else min(MOST_PATIENCE_S, max(LEAST_PATIENCE_S, phase_s / 2))
         )
 
-    def room(self) -> bool:
-        """Whether a step like the longest of this phase would end in time, or nearly."""
-        return self.plan.left() > 0.6 * self._longest_s.get(self.plan.phase, 0.0) and self.plan.left() > 0.5
+    def room(self, least_s: float = 0.5) -> bool:
+        """Whether a step like this phase's longest would end in time, or nearly; none is shorter than `least_s`."""
+        return self.plan.left() > 0.6 * max(self._longest_s.get(self.plan.phase, 0.0), least_s / 0.6)
 
     def took(self, begin: float) -> float:
         seconds = self.plan.clock() - begin

@@ -21,6 +21,7 @@ from rooftune.suites import block_plan, catalogue
 
 TUNED = {"cpu": ("gemm/numba", "gemm[m=512,n=512,k=512]"), "cuda": ("gemm/triton", "gemm[m=4096,n=4096,k=4096,bf16]")}
 MODEL = "transformer-base"
+PRECISIONS = {"cpu": common.DEFAULT_PRECISIONS}  # a GPU's: bf16 alone, as its fp32 kernels take 20 times as long
 TUNE_S = 15.0  # of search; the paired final comes on top
 PROVEN = ("sm_90a",)  # of the architectures that `run` compiles for: each takes 10 to 20 s of our six minutes
 
@@ -42,7 +43,7 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
         console.print(f"[bold]{session.device}[/bold] {session.device.name}, {session.threads} threads")
         _ceilings(session, console)
         headline("1  The race", "python bench.py run --suite quick --rounds 20")
-        problems = catalogue.problems("tour", registry.op_names(), common.DEFAULT_PRECISIONS, kind)
+        problems = catalogue.problems("tour", registry.op_names(), PRECISIONS.get(kind, ("bf16",)), kind)
         field = {op: list(registry.impls(op)) for op in dict.fromkeys(p.op for p in problems)}
         if kind == "cpu":  # 8 to 20 s of a C++ compiler a problem, a minute of the six we have
             field = {op: [i for i in impls if not i.per_shape] for op, impls in field.items()}
