@@ -1,18 +1,19 @@
 """What a config's machine code tells before it costs device time: it does not launch, it spills, it is known already.
 
 Where the device is a GPU and the competitor can be compiled without one, a config is compiled by a process on
-the host's cores first. Neighbours of what was just proposed are compiled meanwhile by further processes, while
-the device measures: a search mostly goes to one of them, and finds its binary in the compiler's cache. On a CPU
-device there is nothing of the kind: a compiler beside a timing would disturb it.
+the host's cores first. Neighbours of the best, and what a model expects most of, are compiled meanwhile by further
+processes, while the device measures: a search often goes to one of them, and finds its binary in the compiler's
+cache. On a CPU device there is nothing of the kind: a compiler beside a timing would disturb it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -101,16 +102,17 @@ class Ahead:
             self.binaries.setdefault(binary, config)
         return None
 
-    def expect(self, configs: list[Config]) -> None:
-        """Compile these meanwhile, the first ones first; what was expected before and not begun is dropped."""
+    def expect(self, configs: Iterable[Config]) -> None:
+        """Compile the first of these that are not yet, in their order; what was expected before and not begun is
+        dropped."""
         if not self._threads:
             return
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
-        for config in reversed(configs[:LOOK_AHEAD]):
-            if canonical(config) not in self.found:
-                self._queue.put(config)
+        new = (config for config in configs if canonical(config) not in self.found)
+        for config in reversed(list(itertools.islice(new, LOOK_AHEAD))):
+            self._queue.put(config)
 
     def _serve(self) -> None:
         """A thread with a compiling process of its own."""

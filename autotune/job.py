@@ -6,9 +6,8 @@ brings it back to where it was.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from rooftune import device, race
 from rooftune.autotune import final, search
-from rooftune.autotune.ahead import LOOK_AHEAD, Ahead
+from rooftune.autotune.ahead import Ahead
 from rooftune.autotune.formats import Tuning
 from rooftune.autotune.journal import SCHEMA, Journal, Trial, canonical, default_path, digest, toolchain
 from rooftune.autotune.limits import Budget, constraint
@@ -101,6 +100,8 @@ class Job:
         space.learn([*history, *journals(impl, problem, here, path)], prior)
         self._steps = steps_of(self.space, np.random.default_rng(seed))
         self._next = next(self._steps, None)
+        drawn = np.random.default_rng(seed + 1).permutation(len(space))  # not by the search's own generator
+        self._others = drawn if space.prior is None else np.argsort(space.prior, kind="stable")
         self.ahead = Ahead(lab, impl, problem, self.default)
 
     def valid(self, config: Config) -> bool:
@@ -161,19 +162,20 @@ class Job:
         self.journal.add(trial)
         return trial
 
-    def _likely(self) -> list[Config]:
-        """What the search may propose next: one axis from the best so far, small steps first; all in turn, the next."""
+    def _likely(self) -> Iterator[Config]:
+        """What the search may propose next. One that takes all in turn: those that follow. Another: one axis from the
+        best so far, small steps first; then what the model expects most of, or any."""
         trials = self.journal.trials
         if self.what["search"] == "exhaustive" and self._next is not None:
-            after = range(self.space.row(self._next) + 1, len(self.space))
-            ordered = (self.space.config(row) for row in after)
-            return list(itertools.islice((c for c in ordered if canonical(c) not in trials), LOOK_AHEAD))
-        ran = [t for t in trials.values() if t.value is not None]
-        best = self.space.row(min(ran, key=lambda t: t.value or 0.0).config if ran else self.default)
-        near = np.flatnonzero(self.space.differs(best) == 1)
-        steps = np.abs(self.space.index[near] - self.space.index[best]).sum(1)
-        found = (self.space.config(int(row)) for row in near[np.argsort(steps, kind="stable")])
-        return [config for config in found if canonical(config) not in trials]
+            rows = np.arange(self.space.row(self._next) + 1, len(self.space))
+        else:
+            ran = [t for t in trials.values() if t.value is not None]
+            best = self.space.row(min(ran, key=lambda t: t.value or 0.0).config if ran else self.default)
+            near = np.flatnonzero(self.space.differs(best) == 1)
+            steps = np.abs(self.space.index[near] - self.space.index[best]).sum(1)
+            rows = np.concatenate([near[np.argsort(steps, kind="stable")], self._others])
+        found = (self.space.config(int(row)) for row in rows)
+        return (config for config in found if canonical(config) not in trials)
 
     def _tell(self, trial: Trial, budget: Budget, spent_s: float) -> None:
         trials = self.journal.trials

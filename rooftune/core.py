@@ -6,6 +6,7 @@ Standard library only: everything here is imported by `bench.py --help` and by e
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -352,7 +353,7 @@ class Space:
     @cached_property
     def size(self) -> int:
         """Number of configs before the rules."""
-        return len(list(itertools.product(*self.axes.values()))) if self.axes else 1
+        return math.prod(len(values) for values in self.axes.values())
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ class Lab:
         self.device, self.threads = device, threads
         self.kind = kind or device.partition(":")[0]
         self._workers: dict[tuple[str, str], Worker] = {}
+        self._spaces: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.patience_s = math.inf
         self.until = math.inf
         self._start_failures = 0
@@ -305,10 +306,13 @@ class Lab:
         Raises:
             UsageError: the file does not load, or no config is valid.
         """
-        reply = self.ask(impl, "space", LOAD_S, mode, problem=str(problem))
-        if not reply.ok:
-            raise UsageError(f"{impl.key}: {reply.reason}")
-        return reply.data
+        key = (*_key(impl, mode), impl.path, impl.source_hash, str(problem))
+        if key not in self._spaces:  # 10,000 configs take seconds to list, and races, models and searches all ask
+            reply = self.ask(impl, "space", LOAD_S, mode, problem=str(problem))
+            if not reply.ok:
+                raise UsageError(f"{impl.key}: {reply.reason}")
+            self._spaces[key] = reply.data
+        return dict(self._spaces[key])
 
     def prepare(
         self, impl: Impl, problem: Problem, config: Config, seed: int, thorough: bool = True, mode: str = "native"

@@ -157,7 +157,7 @@ def prepare(
 def _at_once(lab: Lab) -> int:
     """How many competitors get ready together: two on a CPU, which they all load; more where compilers run beside
     a GPU."""
-    return 2 if lab.kind == "cpu" else max(2, min(6, cores() // 2))
+    return 2 if lab.kind == "cpu" else max(2, min(12, cores() - 2))
 
 
 def time_rounds(

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
@@ -25,6 +26,8 @@ from rooftune import check, registry
 from rooftune.core import CompileError, Op, Problem, RooftuneError, Status
 
 VERIFY_ROWS = 6  # rows of a timed output that are compared with float64
+KEPT = 32  # builds that may be asked for again: Numba takes 5 s for a GPU kernel, in each race of a campaign
+ENUMERATED = 500_000  # a space of more configs before its rules, which take 4 us each, is drawn from
 ROTATION = 4096  # inputs change between rounds by a random rotation of up to this many elements
 
 
@@ -94,6 +97,7 @@ class Session:
         self.mode = mode  # native, emulate or compile
         self.device = device
         self.handles: dict[int, Handle] = {}
+        self.built: OrderedDict[str, check.Run] = OrderedDict()
         self.serial = 0
 
     def _module(self, impl: str) -> Any:
@@ -120,7 +124,7 @@ class Session:
         """The valid configs for a problem (a seeded sample of them above `limit`), and the default."""
         module, parsed = self._module(impl), registry.problem(problem)
         space = module.SPACE
-        if space.size <= 200_000:
+        if space.size <= ENUMERATED:
             configs = list(space.configs(parsed))
             if len(configs) > limit:
                 configs = random.Random(seed).sample(configs, limit)
@@ -136,18 +140,21 @@ class Session:
         }
 
     def prepare(self, impl: str, problem: str, config: dict[str, Any], seed: int, thorough: bool) -> dict[str, Any]:
-        """Build a candidate and check it. Returns a handle if it is right, else the status and the reason."""
+        """Build a candidate, unless it is among the last ones that were built, and check it. Returns a handle if it is
+        right, else the status and the reason."""
         found, module = registry.impl(impl), self._module(impl)
         parsed = registry.problem(problem)
         op = registry.op(parsed.op)
         maker: Callable[..., check.Run] = module.emulate if self.mode == "emulate" else module.build
         start = time.perf_counter()
+        key = json.dumps([impl, problem, config], sort_keys=True)
         try:
-            run = maker(parsed, config)
+            run = self.built.pop(key, None) or maker(parsed, config)
         except RooftuneError as error:
             raise _refusal(error) from error
         except Exception as error:
             raise Failure(Status.FAILED_COMPILE, _line(error)) from error
+        self._keep(key, run)
         built_s = time.perf_counter() - start
         try:
             verdict = check.check(
@@ -164,6 +171,19 @@ class Session:
             self.handles[self.serial] = Handle(op, parsed, run, self.device)
             reply["handle"] = self.serial
         return reply
+
+    def _keep(self, key: str, run: check.Run) -> None:
+        """Remember a build; on a GPU only while half of its memory is free, as a build may hold a workspace."""
+        if self.device != "cpu":
+            import torch
+
+            free, total = torch.cuda.mem_get_info(self.device)
+            if free < total / 2:
+                self.built.clear()
+                return
+        self.built[key] = run
+        if len(self.built) > KEPT:
+            self.built.popitem(last=False)
 
     def time(self, handle: int, seed: int, verify: bool = True, **options: Any) -> dict[str, Any]:
         """Samples of one round, in seconds per call, on inputs whose contents changed since the last round."""

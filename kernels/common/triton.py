@@ -33,15 +33,6 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448, "sm_120a":
 SHARED_MAX, SHARED_MIN = max(SHARED_LIMIT.values()), min(SHARED_LIMIT.values())
 ELEMENT_LIMIT = 2**20  # Triton refuses larger tensors (language.core.TRITON_MAX_TENSOR_NUMEL)
 
-TRITON_NAME = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "float8_e4m3fn": "fp8e4nv",
-    "int8": "i8",
-    "int32": "i32",
-}
-
 
 @triton.jit
 def round_tf32(x):  # type: ignore[no-untyped-def]
@@ -85,12 +76,6 @@ class Operand:
             strides.insert(0, strides[0] * size)
         return TensorDescriptor(tensor, list(self.shape), strides, list(self.box))
 
-    @property
-    def signature(self) -> str:
-        """Triton's name of the type."""
-        name = TRITON_NAME[self.dtype]
-        return f"tensordesc<{name}{list(self.box)}>" if self.box else f"*{name}"
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -128,43 +113,30 @@ class Launch:
 
         return bound
 
+    def _arguments(self, device: str) -> list[Any]:
+        """One element stands for a tensor: Triton specialises on type and alignment, not on size."""
+        import torch
+
+        stand_in = [
+            None if o is None else o.bind(torch.empty(16, dtype=getattr(torch, o.dtype), device=device))
+            for o in self.operands
+        ]
+        return [*stand_in, *self.scalars]
+
     def warm(self) -> None:
         """Compile for the current device and load the code, so that a run does neither.
 
         Raises:
             triton.runtime.errors.OutOfResources: the config does not fit this device.
         """
-        import torch
-
-        # One element stands for the tensor: Triton specialises on type and alignment, not on size.
-        stand_in = [
-            None if o is None else o.bind(torch.empty(16, dtype=getattr(torch, o.dtype), device="cuda"))
-            for o in self.operands
-        ]
-        compiled = self.kernel.warmup(*stand_in, *self.scalars, grid=self.grid, **self.keywords)
+        compiled = self.kernel.warmup(*self._arguments("cuda"), grid=self.grid, **self.keywords)
         compiled._init_handles()
 
     def compile(self, arch: str) -> Resources:
-        """Machine code for `arch` and what it takes; needs neither GPU nor driver."""
+        """Machine code for `arch` and what it takes; needs neither GPU nor driver. A launch finds it in the cache."""
         from rooftune.kernels.common.triton_aot import compile_kernel
 
-        names = self.kernel.arg_names
-        signature = dict.fromkeys(names, "constexpr")
-        constants = dict(self.constants)
-        aligned = []  # Triton assumes multiples of 16 where it sees one, as its launcher does
-        for name, operand in zip(names, self.operands, strict=False):
-            if operand is None:
-                constants[name] = None
-            else:
-                signature[name] = operand.signature
-                aligned += [] if operand.box else [name]
-        for name, value in zip(names[len(self.operands) :], self.scalars, strict=False):
-            if isinstance(value, int) and value == 1:
-                constants[name] = 1
-                continue
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-            aligned += [name] if isinstance(value, int) and value % 16 == 0 else []
-        found = compile_kernel(self.kernel, signature, constants, aligned, dict(self.options), arch)
+        found = compile_kernel(self.kernel, self.grid, self._arguments("cpu"), self.keywords, arch)
         return replace(found, binary=f"{found.binary} {self.grid}")
 
 

@@ -27,22 +27,36 @@ _USED = re.compile(r"Used (\d+) registers")
 _SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
+class _Named:
+    """What Triton's launcher asks of a driver, for a device of which there is only the architecture."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.capability, self.target = capability, GPUTarget("cuda", capability, WARP)
+
+    def get_current_device(self) -> int:
+        return self.capability  # no device's number: its kernels have a cache of their own in this process
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
 def compile_kernel(
-    kernel: Any,
-    signature: Mapping[str, str],
-    constants: Mapping[str, Any],
-    aligned: Sequence[str],
-    options: Mapping[str, Any],
-    arch: str,
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], keywords: Mapping[str, Any], arch: str
 ) -> Resources:
     """Compile one kernel and read its resources; needs neither GPU nor driver.
 
+    Triton's own launcher does it, up to the launch: what it specialises on is part of its cache's key, in another way
+    in every version, and a launch on the device has to find what was compiled here.
+
     Args:
         kernel: what `triton.jit` returned.
-        signature: Triton type of every parameter, in order ("*bf16", "i32", "fp32", "constexpr").
-        constants: values of the parameters whose type is "constexpr".
-        aligned: parameters that are multiples of 16 (addresses in bytes).
-        options: num_warps, num_stages and other compiler options.
+        arguments: as for a launch; tensors may lie anywhere.
+        keywords: constants of the kernel, num_warps, num_stages and other compiler options.
         arch: "sm_80", "sm_90a", "sm_100a" or "sm_120a".
     Raises:
         UsageError: unknown architecture, or an interpreted kernel.
@@ -53,14 +67,15 @@ def compile_kernel(
     if not hasattr(kernel, "cache_key"):
         raise UsageError("kernel is interpreted (TRITON_INTERPRET=1); compile in a process without that variable")
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.driver import driver
 
-    names = list(signature)
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, dict(signature), dict(constants), attributes)
-    target = GPUTarget("cuda", CAPABILITY[arch], WARP)
-    built = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+    stand_in, before = _Named(CAPABILITY[arch]), driver._active  # `driver.active` would look for a real one
+    driver.set_active(stand_in)
+    try:
+        built = kernel.warmup(*arguments, grid=grid, **keywords)
+    finally:
+        driver._active = before
+        kernel.device_caches.pop(stand_in.capability, None)  # some MB a kernel; what counts is on disk
     registers, spilled, assembler = assemble(built.asm["ptx"], CAPABILITY[arch])
     return Resources(
         arch=arch,

@@ -25,6 +25,8 @@ from rooftune.session import COPIES
 RACE_ROUNDS, FINAL_ROUNDS = 6, 12
 FAVOURITES = 2  # configs of the analytic model that race beside a default
 RANKED = 4000  # configs that it looks at: half a second
+SLOW_BUILD_S = 3.0  # of a competitor's config; Numba takes 5 to 10 s for a product or attention on a GPU
+FEW = 2  # builders still at work that nobody waits for
 AUTOTUNED = {"mode": "max-autotune-no-cudagraphs"}  # torch.compile's slow mode is an entrant of its own on a GPU
 
 
@@ -41,20 +43,25 @@ def probe(work: Campaign) -> None:
 
 
 def check(work: Campaign) -> None:
-    """Every competitor on small problems, thoroughly, each in a process of its own; several at a time."""
+    """Every competitor on small problems, thoroughly, each in a process of its own; several at a time. Beside a GPU
+    what is right goes on to build what the first races will time, until only a few are still at it."""
     wanted = work.to_check()
     doubt = evidence.on_record(impl for impl, _ in wanted)
     order = sorted(wanted, key=lambda w: _uncertainty(doubt[w[0].key]), reverse=True)
     stop, lost, lock = threading.Event(), threading.Event(), threading.Lock()
     pool = ThreadPoolExecutor(_at_once(work))
-    tasks: set[Future[None]] = {pool.submit(_compile_ahead, work, impl, stop) for impl in _compilers(work)}
-    tasks |= {pool.submit(_check, work, impl, asked, stop, lost, lock) for impl, asked in order}
+    ahead: set[Future[None]] = {pool.submit(_build_ahead, work, impl, stop) for impl in _compilers(work)}
+    checks = {pool.submit(_check, work, impl, asked, stop, lost, lock): impl for impl, asked in order}
     try:
-        while tasks:
-            finished, tasks = wait(tasks, timeout=1.0, return_when=FIRST_COMPLETED)
+        while checks or ahead:
+            finished = wait([*checks, *ahead], timeout=1.0, return_when=FIRST_COMPLETED).done
             for task in finished:
                 task.result()
-            if work.plan.left() <= 0:
+                ahead.discard(task)
+                impl = checks.pop(task, None)
+                if impl is not None and work.session.device.kind != "cpu":
+                    ahead.add(pool.submit(_build_ahead, work, impl, stop))
+            if work.plan.left() <= 0 or (not checks and len(ahead) <= FEW):
                 stop.set()  # what has begun ends, within its patience
     except BaseException:
         lost.set()  # workers are ended from outside: what they then say is nobody's outcome
@@ -80,23 +87,31 @@ def _compilers(work: Campaign) -> list[Impl]:
     return [impl for impls in work.field.values() for impl in impls if impl.per_shape]
 
 
-def _compile_ahead(work: Campaign, impl: Impl, stop: threading.Event) -> None:
-    """Build a competitor of the first races while others are checked: its worker keeps what it compiled. What fails
-    here fails in the race, which says so."""
-    for problem in work.problems:
-        raced = any(key.startswith(f"race {problem} ") for key in work.home.steps)
-        if problem.op != impl.op or problem.precision not in impl.precisions or raced:
-            continue
-        if stop.is_set():
-            return
-        work.session.say(f"compile {impl.key} {problem}")
-        try:
-            config = work.session.lab.space(impl, problem)["default"]
-            reply = work.session.lab.prepare(impl, problem, config, work.seed, thorough=False)
-            if reply.ok:
-                work.session.lab.release(impl, reply.data["handle"])
-        except (OutOfTime, UsageError):
-            return
+def _build_ahead(work: Campaign, impl: Impl, stop: threading.Event) -> None:
+    """Build a competitor of the first races while others are checked: its worker keeps what it built. What fails here
+    fails in the race, which says so."""
+    raced = {p for p in work.problems if any(key.startswith(f"race {p} ") for key in work.home.steps)}
+    open_problems = [p for p in work.problems if p not in raced and p.op == impl.op and impl in work.healthy(p)]
+    for favourites in (False, True):  # those in every race first
+        for problem in open_problems:
+            try:
+                configs = _best_by_model(work, problem, impl) if favourites else [_default(work, problem, impl)]
+                for config in configs:
+                    if stop.is_set():
+                        return
+                    work.session.say(f"build {impl.key} {problem}")
+                    begin = time.monotonic()
+                    reply = work.session.lab.prepare(impl, problem, config, work.seed, thorough=False)
+                    work.built(impl, problem, config, time.monotonic() - begin)
+                    if reply.ok:
+                        work.session.lab.release(impl, reply.data["handle"])
+            except (OutOfTime, UsageError):
+                return
+
+
+def _default(work: Campaign, problem: Problem, impl: Impl) -> Config:
+    found: Config = work.session.lab.space(impl, problem)["default"]
+    return found
 
 
 def _check(
@@ -184,27 +199,33 @@ def _race(
 
 
 def _favourites(work: Campaign, problem: Problem, impls: Sequence[Impl]) -> list[race.Entrant]:
-    """The configs that the analytic model puts first, where it knows the device and the axes."""
+    """The configs that the analytic model puts first, where it knows the device and the axes. A competitor that takes
+    long to build has those that were built ahead: a race would stand still for the others."""
     found: list[race.Entrant] = []
-    if work.gpu is None:
-        return found
     for impl in impls:
-        if impl.baseline or impl.per_shape:
-            continue
         try:
-            space = work.session.lab.space(impl, problem)
+            best = _best_by_model(work, problem, impl)
         except UsageError:
             continue  # the race says what is wrong with it
-        configs = space["configs"]
-        if len(configs) > RANKED:
-            configs = random.Random(work.seed).sample(configs, RANKED)
-        compiled = static.known(impl, problem, configs, work.gpu.arch)
-        scores = ranking.prior(impl, problem, configs, work.gpu, compiled)
-        if scores is not None:
-            order = sorted(range(len(scores)), key=scores.__getitem__)
-            best = [configs[n] for n in order[: FAVOURITES + 1] if configs[n] != space["default"]]
-            found += [race.Entrant(impl, config, False) for config in best[:FAVOURITES]]
+        if work.build_s(impl) > SLOW_BUILD_S:
+            best = [config for config in best if work.is_built(impl, problem, config)]
+        found += [race.Entrant(impl, config, False) for config in best]
     return found
+
+
+def _best_by_model(work: Campaign, problem: Problem, impl: Impl) -> list[Config]:
+    if work.gpu is None or impl.baseline or impl.per_shape:
+        return []
+    space = work.session.lab.space(impl, problem)
+    configs = space["configs"]
+    if len(configs) > RANKED:
+        configs = random.Random(work.seed).sample(configs, RANKED)
+    compiled = static.known(impl, problem, configs, work.gpu.arch)
+    scores = ranking.prior(impl, problem, configs, work.gpu, compiled)
+    if scores is None:
+        return []
+    order = sorted(range(len(scores)), key=scores.__getitem__)
+    return [configs[n] for n in order[: FAVOURITES + 1] if configs[n] != space["default"]][:FAVOURITES]
 
 
 def _autotuned(work: Campaign, impls: Sequence[Impl]) -> list[race.Entrant]:

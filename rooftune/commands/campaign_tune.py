@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from rooftune.lab import OutOfTime
 from rooftune.registry import Impl
 from rooftune.results.record import Record
 
+PROSPECT = 2.0  # times the fastest on record: tuning seldom gains more, and this is for who may win
 LEAST_TUNE_S = 30.0  # a slice below this is spent on starting processes
 FINAL_S = 20.0  # of a tuning's own final, in two fresh processes; corrected by what it took
 # The 63 s a competitor of the whole protocol (metering.py) do not fit.
@@ -58,12 +60,15 @@ def _no_longer_than(work: Campaign, seconds: float) -> Iterator[None]:
 
 def missing_roof(work: Campaign) -> dict[tuple[Impl, Problem], float]:
     """(competitor, problem) -> share of the roof its best config misses; without a roof, of the best torch call's
-    speed doubled. Baselines, and what has nothing to tune, are left out."""
+    speed doubled. Baselines, and what has nothing to tune or no prospect of being the fastest, are left out."""
     found: dict[tuple[Impl, Problem], float] = {}
     for problem in work.problems:
+        timed = work.timed(problem)
+        slowest = PROSPECT * min((r.time_s for r in timed if r.time_s is not None), default=math.inf)
         for impl in work.healthy(problem):
-            mine = [r for r in work.timed(problem) if r.impl == impl.key]
-            if mine and not impl.baseline and not impl.per_shape:
+            mine = [r for r in timed if r.impl == impl.key]
+            fast = any(r.time_s is not None and r.time_s <= slowest for r in mine)
+            if fast and not impl.baseline and not impl.per_shape:
                 reached = max(r.roof if r.roof is not None else (r.ratio_to_torch or 0.0) / 2 for r in mine)
                 found[impl, problem] = max(0.0, 1.0 - reached)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from rooftune.autotune.ranking import Gpu
 from rooftune.commands.campaign_plan import Home, Plan
-from rooftune.core import Problem, Status
+from rooftune.core import Config, Problem, Status
 from rooftune.registry import Impl
 from rooftune.results.record import Record
 from rooftune.session import Session
@@ -32,6 +32,7 @@ class Campaign:
     free_bytes: int | None = None  # of device memory at the start: asking a driver takes seconds
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # competitor -> hash of today's source
     _longest_s: dict[str, float] = dataclasses.field(default_factory=dict)  # phase -> its longest step so far
+    _built: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # competitor -> what -> seconds
 
     def __post_init__(self) -> None:
         self.sources = {impl.key: impl.source_hash for impls in self.field.values() for impl in impls}
@@ -46,6 +47,18 @@ class Campaign:
     def room(self, least_s: float = 0.5) -> bool:
         """Whether a step like this phase's longest would end in time, or nearly; none is shorter than `least_s`."""
         return self.plan.left() > 0.6 * max(self._longest_s.get(self.plan.phase, 0.0), least_s / 0.6)
+
+    def built(self, impl: Impl, problem: Problem, config: Config, seconds: float) -> None:
+        """A competitor's worker was asked for a config ahead of the race."""
+        self._built.setdefault(impl.key, {})[f"{problem} {config}"] = seconds
+
+    def is_built(self, impl: Impl, problem: Problem, config: Config) -> bool:
+        """Whether it was asked for ahead."""
+        return f"{problem} {config}" in self._built.get(impl.key, {})
+
+    def build_s(self, impl: Impl) -> float:
+        """The longest that a competitor took to build and check a config ahead; 0 where nothing was."""
+        return max(self._built.get(impl.key, {}).values(), default=0.0)
 
     def took(self, begin: float) -> float:
         seconds = self.plan.clock() - begin

@@ -45,6 +45,16 @@ def test_a_failing_kernel_becomes_a_status_and_a_reason(
     assert _prepare(lab, kernel(name="right")).ok  # the lab lives
 
 
+def test_a_candidate_is_built_once_as_long_as_its_worker_lives(lab: Lab, kernel) -> None:  # type: ignore[no-untyped-def]
+    path = kernel("raise RuntimeError(f'build {len(built)}')")
+    head = "def build(problem, config):"
+    path.write_text(path.read_text().replace(head, f"built = []\n{head}\n    built.append(1)"))
+    for _ in range(2):
+        assert "build 1" in _prepare(lab, path).reason
+    other = registry.problem("softmax[m=32,n=64]")
+    assert "build 2" in lab.prepare(registry.user_impl(path), other, {}, seed=1, thorough=False).reason
+
+
 def test_a_kernel_that_never_ends_is_killed_at_its_deadline(lab: Lab, kernel, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     path = kernel("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)")
     impl = registry.user_impl(path)

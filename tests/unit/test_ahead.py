@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -133,6 +134,33 @@ def test_what_is_expected_is_compiled_meanwhile(monkeypatch: pytest.MonkeyPatch,
         assert [known.judge(config, {}) for config in likely] == [None] * 3
         assert len(asked) == before == 4  # the default and these three, each once
     assert known._threads == []
+
+
+def test_the_first_of_what_is_expected_are_compiled_and_none_twice(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: None
+) -> None:
+    monkeypatch.setattr(ahead, "LOOK_AHEAD", 2)
+    asked: list[Config] = []
+    with make(fine, asked) as known:
+        known._threads = [threading.Thread()]  # none that would empty the queue
+        known._threads[0].start()
+        known.expect(DEFAULT | {"block_m": m} for m in (16, 32, 64, 128))  # the default is compiled already
+        waiting = [known._queue.get_nowait() for _ in range(known._queue.qsize())]
+    assert [config["block_m"] for config in waiting] == [32, 64]
+
+
+@pytest.mark.parametrize("search", ["exhaustive", "random"])
+def test_what_is_expected_next(tmp_path: Path, search: str) -> None:
+    """All in turn: what follows. Else neighbours of the best, then any: each config once at least."""
+    fake = FakeLab()
+    made = job.Job(fake.lab, IMPL, PROBLEM, search, journal_path=tmp_path / "j.jsonl", identity=HERE)
+    likely = list(made._likely())
+    if search == "exhaustive":
+        assert likely == [made.space.config(row) for row in range(1, len(made.space))]
+        return
+    near = {axis: sum(c[axis] != DEFAULT[axis] for c in likely[:8]) for axis in DEFAULT}
+    assert near == {"block_m": 3, "num_warps": 3, "unroll": 2}
+    assert {canonical(c) for c in likely} >= {canonical(made.space.config(row)) for row in range(len(made.space))}
 
 
 def test_the_default_is_measured_whatever_its_code_looks_like(on_gpu: None) -> None:

@@ -51,24 +51,35 @@ def home(tmp_path: Path, said: list[str] | None = None) -> Home:
     return Home(tmp_path / "out", (said if said is not None else []).append)
 
 
-# --- what is compiled ahead ---
+# --- what is built ahead ---
+
+
+class Building:
+    """A lab that notes what is to be built; the last of `most` finds the plan's end."""
+
+    until = math.inf
+
+    def __init__(self, configs: list[dict[str, Any]], most: int = 99) -> None:
+        self.configs, self.most = configs, most
+        self.asked: list[str] = []
+        self.released: list[int] = []
+
+    def space(self, impl: Any, problem: Any) -> dict[str, Any]:
+        return {"configs": self.configs, "default": self.configs[0]}
+
+    def prepare(self, impl: Any, problem: Any, config: Any, seed: int, thorough: bool) -> Any:
+        assert not thorough
+        self.asked.append(f"{impl.key} {problem} {config}")
+        if len(self.asked) == self.most:
+            raise OutOfTime("over")
+        return SimpleNamespace(ok=True, data={"handle": len(self.asked)})
+
+    def release(self, impl: Any, handle: int) -> None:
+        self.released.append(handle)
 
 
 def test_a_gpu_compiles_for_shapes_while_others_are_checked(tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    def prepare(impl: Any, problem: Any, config: Any, seed: int, thorough: bool) -> Any:
-        asked.append(f"{impl.key} {problem} {config} {thorough}")
-        if len(asked) == 1:
-            return SimpleNamespace(ok=True, data={"handle": 7})
-        raise OutOfTime("over")
-
-    released: list[int] = []
-    lab = SimpleNamespace(
-        space=lambda impl, problem: {"default": {"call": "compile"}},
-        prepare=prepare,
-        release=lambda impl, handle: released.append(handle),
-    )
+    lab = Building([{"call": "compile"}], most=2)
     work = work_on_h200(tmp_path, [], {})
     work.session.lab = lab  # type: ignore[assignment]
     names = (
@@ -78,19 +89,40 @@ def test_a_gpu_compiles_for_shapes_while_others_are_checked(tmp_path: Path) -> N
         "gemm[m=16,n=16,k=16,bf16]",
     )
     work.problems = [registry.problem(name) for name in names]
-    (compiler,) = campaign_phases._compilers(work)
-    assert compiler.key == "gemm/torch_compile"
+    work.field["softmax"] = list(registry.impls("softmax"))
+    compilers = campaign_phases._compilers(work)
+    assert [impl.key for impl in compilers] == ["gemm/torch_compile", "softmax/torch_compile"]
     work.home.finish(f"race {work.problems[0]} digest", "race", "ok")  # raced in an earlier sitting
-    campaign_phases._compile_ahead(work, compiler, threading.Event())
-    told = "gemm/torch_compile {} {{'call': 'compile'}} False"
-    assert asked == [told.format(names[2]), told.format(names[3])]  # no softmax, and no error from the plan's end
-    assert released == [7]
+    campaign_phases._build_ahead(work, compilers[0], threading.Event())
+    told = "gemm/torch_compile {} {{'call': 'compile'}}"
+    assert lab.asked == [told.format(names[2]), told.format(names[3])]  # no softmax, and no error from the plan's end
+    assert lab.released == [1]
     over = threading.Event()
     over.set()
-    campaign_phases._compile_ahead(work, compiler, over)
-    assert len(asked) == 2
+    campaign_phases._build_ahead(work, compilers[0], over)
+    assert len(lab.asked) == 2
     work.session.device.kind = "cpu"  # type: ignore[misc]
     assert campaign_phases._compilers(work) == []
+
+
+def test_favourites_of_what_builds_slowly_race_if_they_were_built_ahead(tmp_path: Path) -> None:
+    """Defaults of all problems come first: every race has them."""
+    tile = {"block_k": 64, "num_warps": 8, "num_stages": 3, "group_m": 8}
+    lab = Building([{"block_m": m, "block_n": n} | tile for m in (64, 128) for n in (64, 128, 256)])
+    work = work_on_h200(tmp_path, [], {})
+    work.session.lab = lab  # type: ignore[assignment]
+    work.problems = [registry.problem(f"gemm[m=4096,n=4096,k={k},bf16]") for k in (4096, 8192)]
+    triton = registry.impl("gemm/triton")
+    campaign_phases._build_ahead(work, triton, threading.Event())
+    each = 1 + campaign_phases.FAVOURITES
+    assert len(lab.asked) == len(lab.released) == 2 * each
+    assert all(asked.endswith(str(lab.configs[0])) for asked in lab.asked[:2])
+    first = campaign_phases._favourites(work, work.problems[0], [triton])
+    assert len(first) == campaign_phases.FAVOURITES
+    work.built(triton, work.problems[0], lab.configs[0], 2 * campaign_phases.SLOW_BUILD_S)
+    assert campaign_phases._favourites(work, work.problems[0], [triton]) == first
+    unseen = registry.problem("gemm[m=1024,n=4096,k=4096,bf16]")
+    assert campaign_phases._favourites(work, unseen, [triton]) == []
 
 
 # --- who races ------------------------------------------------------------------------------------------------------
@@ -275,7 +307,8 @@ def test_tuning_takes_the_neediest_first_and_its_winners_race_in_the_final(
     place = home(tmp_path)
     now, calls = [0.0], []
     plan = Plan(400.0, clock=lambda: now[0])
-    far, near = registry.impl("softmax/numba"), registry.impl("layernorm/numba")
+    far, near, hopeless = (registry.impl(f"{op}/numba") for op in ("softmax", "layernorm", "softmax"))
+    hopeless = replace(hopeless, name="slow")  # the neediest of all, and more than twice as slow as another
     problems = [registry.problem("softmax[m=64,n=256,fp32]"), registry.problem("layernorm[m=64,n=256,fp32]")]
 
     class FakeLab:
@@ -294,9 +327,10 @@ def test_tuning_takes_the_neediest_first_and_its_winners_race_in_the_final(
     FakeLab.until = math.inf  # type: ignore[attr-defined]
     session = SimpleNamespace(lab=FakeLab(), about={"identity": {}}, say=lambda text: None)
     monkeypatch.setattr(campaign_tune.tuner, "tune", tune)
-    work = Campaign(session, place, plan, problems, {"softmax": [far], "layernorm": [near]}, 0)  # type: ignore[arg-type]
-    for impl, problem, roof in ((near, problems[1], 0.8), (far, problems[0], 0.4)):
+    work = Campaign(session, place, plan, problems, {"softmax": [far, hopeless], "layernorm": [near]}, 0)  # type: ignore[arg-type]
+    for impl, problem, roof in ((near, problems[1], 0.8), (far, problems[0], 0.4), (hopeless, problems[0], 0.1)):
         found = record()
+        found.time_s = 0.7 if impl is hopeless else 1 / 3
         found.problem, found.impl, found.config, found.roof = str(problem), impl.key, {"block_n": 128}, roof
         found.source_hash = impl.source_hash
         place.records.append(found)
