@@ -36,6 +36,16 @@ def commit(revision: str, beside: Path) -> str:
     return known.decode().strip()
 
 
+def head(beside: Path) -> str:
+    """The short hash of what is checked out where a file or folder lies, with `-dirty` if something was edited since;
+    empty where there is no git and no checkout."""
+    try:
+        told = _git(beside, "describe", "--always", "--dirty", "--exclude=*", check=False)
+    except UsageError:
+        return ""
+    return told.decode().strip()
+
+
 def home(revision: str, target: Path) -> Path:
     """A copy of this package with a revision's kernels, for `Impl.home`.
 

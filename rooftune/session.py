@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rooftune import __version__, device
+from rooftune import __version__, device, registry, revisions
 from rooftune.core import Problem, Unavailable, UsageError
 from rooftune.lab import LOAD_S, Lab, WorkerDied
 from rooftune.registry import Impl
@@ -65,6 +65,7 @@ class Session:
         self._energy: dict[str, Any] | None = None
         self._last_line = ""
         header = {"kind": "session", "schema": SCHEMA, "run": self.run, "argv": sys.argv[1:], "unix_time": time.time()}
+        header["commit"] = revisions.head(registry.kernel_folder())
         self.log.append(header | {"device": self.fingerprint, "versions": self.versions, "threads": self.threads})
 
     def __enter__(self) -> Session:

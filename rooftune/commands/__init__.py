@@ -28,6 +28,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], ExitCode]] = {
     "block": _lazy("block", "block"),
     "compare": _lazy("judge", "compare"),
     "check": _lazy("judge", "check"),
+    "report": _lazy("report", "report"),
     "selfcheck": _lazy("revisions", "selfcheck"),
     "static": _lazy("static", "static_verb"),
     "campaign": _lazy("campaign", "campaign"),

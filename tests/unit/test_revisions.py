@@ -63,6 +63,14 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "repo"
 
 
+def test_what_is_checked_out_has_a_name(repository: Path, tmp_path: Path) -> None:
+    folder = repository / "kernels"
+    assert revisions.head(folder) == f"{revisions.commit('HEAD', folder)}-dirty"
+    git(repository, "stash", "-q")
+    assert revisions.head(folder) == revisions.commit("HEAD", folder)
+    assert revisions.head(tmp_path) == ""
+
+
 def bench(repository: Path, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = str(repository / "kernels" / "softmax" / "mine.py")
     command = [sys.executable, "bench.py", verb, *arguments, "--load", path, "softmax[m=256,n=256,fp32]", "-q"]
