@@ -19,8 +19,9 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, TextIO
+from weakref import WeakValueDictionary
 
 from rooftune import check, registry
 from rooftune.core import CompileError, Op, Problem, RooftuneError, Status
@@ -39,21 +40,18 @@ class Failure(Exception):
         self.status = status
 
 
-@dataclass
-class Handle:
-    """A prepared candidate: what is timed, on which tensors."""
+class Buffers:
+    """The tensors that candidates on one problem are timed on, in turn: a worker's 60 configs of a softmax of
+    32768 x 32768 would need 6 GB each."""
 
-    op: Op
-    problem: Problem
-    run: check.Run
-    device: str
-    tensors: tuple[Any, ...] = ()
-    pools: list[Any] = field(default_factory=list)
-    out: check.Fenced | None = None
-    verified: bool = False  # a timed output was judged before
+    def __init__(self, op: Op, problem: Problem, device: str) -> None:
+        self.op, self.problem, self.device = op, problem, device
+        self.tensors: tuple[Any, ...] = ()
+        self.pools: list[Any] = []
+        self.out: check.Fenced | None = None
 
-    def fill(self, seed: int) -> None:
-        """Make the timing inputs, or change the contents of those there are (C4), at copy speed."""
+    def fill(self, seed: int) -> check.Fenced:
+        """Make the inputs, or change their contents (C4), at copy speed; poison the output and return it."""
         import torch
 
         if self.out is None:
@@ -61,13 +59,22 @@ class Handle:
             shape, dtype = self.op.output(self.problem)
             self.out = check.Fenced(shape, dtype, self.device)
             flat = [t.view(-1) for t in self.tensors]
-            self.pools = [torch.cat((f, f[:ROTATION])) if f.numel() >= 64 else None for f in flat]
+            self.pools = [torch.cat((f, f[:ROTATION])) if f.numel() >= 64 else f.clone() for f in flat]
         rng = random.Random(seed)
         for tensor, pool in zip(self.tensors, self.pools, strict=True):
-            if pool is not None:
-                start = rng.randrange(1, min(ROTATION, tensor.numel()))
-                tensor.view(-1).copy_(pool[start : start + tensor.numel()])
+            start = rng.randrange(1, min(ROTATION, tensor.numel())) if tensor.numel() >= 64 else 0
+            tensor.view(-1).copy_(pool[start : start + tensor.numel()])
         self.out.poison()
+        return self.out
+
+
+@dataclass
+class Handle:
+    """A prepared candidate: what is timed, on which tensors."""
+
+    run: check.Run
+    on: Buffers
+    verified: bool = False  # a timed output was judged before
 
     def verify(self, seed: int) -> str:
         """Judge sampled rows of the output that was just timed; returns what is wrong, or nothing.
@@ -75,18 +82,19 @@ class Handle:
         Of an output in parts the first time has the edges of all, later ones rows at random: a row that is a sum
         over all inputs (dweight at 32768 x 4096) takes seconds in float64, which no round should cost.
         """
-        assert self.out is not None
-        if damage := self.out.damage():
+        op, problem, tensors, out = self.on.op, self.on.problem, self.on.tensors, self.on.out
+        assert out is not None
+        if damage := out.damage():
             return f"{damage} in a timed call"
-        got = self.out.tensor.detach().reshape(-1, self.out.tensor.shape[-1])
-        total, parts = got.shape[0], self.op.parts(self.problem)
+        got = out.tensor.detach().reshape(-1, out.tensor.shape[-1])
+        total, parts = got.shape[0], op.parts(problem)
         if parts and self.verified:
             rows = sorted(random.Random(seed).sample(range(total), min(total, VERIFY_ROWS)))
         else:
             rows = check.sample_rows(total, seed, VERIFY_ROWS, parts)
         self.verified = True
-        where = check.place(self.tensors, self.device)
-        wrong, _ = check.compare(self.op, self.problem, got, self.tensors, rows, "timed", where)
+        where = check.place(tensors, self.on.device)
+        wrong, _ = check.compare(op, problem, got, tensors, rows, "timed", where)
         return f"output of a timed call: {wrong}" if wrong else ""
 
 
@@ -97,6 +105,7 @@ class Session:
         self.mode = mode  # native, emulate or compile
         self.device = device
         self.handles: dict[int, Handle] = {}
+        self.buffers: WeakValueDictionary[str, Buffers] = WeakValueDictionary()  # as long as a handle has them
         self.built: OrderedDict[str, check.Run] = OrderedDict()
         self.serial = 0
 
@@ -168,7 +177,8 @@ class Session:
         reply |= {"error": verdict.as_json(), "build_s": built_s, "check_s": time.perf_counter() - start - built_s}
         if verdict.ok and self.mode == "native":
             self.serial += 1
-            self.handles[self.serial] = Handle(op, parsed, run, self.device)
+            on = self.buffers.setdefault(str(parsed), Buffers(op, parsed, self.device))
+            self.handles[self.serial] = Handle(run, on)
             reply["handle"] = self.serial
         return reply
 
@@ -190,18 +200,18 @@ class Session:
         from rooftune import clock
 
         found = self.handles[handle]
-        found.fill(seed)
-        assert found.out is not None
-        last = [found.run(found.out.tensor, *found.tensors)]  # caches and page tables are warm, code is loaded
+        out = found.on.fill(seed)
+        arguments = (out.tensor, *found.on.tensors)
+        last = [found.run(*arguments)]  # caches and page tables are warm, code is loaded
 
         def keeping(*tensors: Any) -> None:
             last[0] = found.run(*tensors)
 
         returns = last[0] is not None  # then the last timed call's own result is what gets verified
         run = keeping if returns else found.run
-        timing = clock.time_calls(run, [(found.out.tensor, *found.tensors)], self.device, **options)
+        timing = clock.time_calls(run, [arguments], self.device, **options)
         if returns:
-            check.settle(last[0], found.out.tensor)
+            check.settle(last[0], out.tensor)
         wrong = next((note for note in timing.notes if "another stream" in note), "")
         wrong = wrong or (found.verify(seed) if verify else "")
         if wrong:
@@ -219,14 +229,18 @@ class Session:
         if isinstance(sensor, Energy):
             return {"energy": sensor.as_json()}
         found = self.handles[handle]
-        found.fill(seed)
-        assert found.out is not None
-        load = metering.load(found.run, [(found.out.tensor, *found.tensors)], self.device)
+        out = found.on.fill(seed)
+        load = metering.load(found.run, [(out.tensor, *found.on.tensors)], self.device)
         return {"energy": metering.measure(sensor, load, **how).as_json()}
 
     def release(self, handle: int) -> dict[str, Any]:
-        """Free a candidate's tensors."""
-        self.handles.pop(handle, None)
+        """Free a candidate, and with the last on a problem its tensors, on a GPU for other processes too."""
+        gone = self.handles.pop(handle, None)
+        if gone is not None and self.device != "cpu" and all(h.on is not gone.on for h in self.handles.values()):
+            del gone
+            import torch
+
+            torch.cuda.empty_cache()
         return {}
 
     def compile(self, impl: str, problem: str, config: dict[str, Any], arch: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def check(work: Campaign) -> None:
     order = sorted(wanted, key=lambda w: _uncertainty(doubt[w[0].key]), reverse=True)
     stop, lost, lock = threading.Event(), threading.Event(), threading.Lock()
     pool = ThreadPoolExecutor(_at_once(work))
-    ahead: set[Future[None]] = {pool.submit(_build_ahead, work, impl, stop) for impl in _compilers(work)}
+    ahead: set[Future[None]] = {pool.submit(_build_ahead, work, impl, stop, lock) for impl in _compilers(work)}
     checks = {pool.submit(_check, work, impl, asked, stop, lost, lock): impl for impl, asked in order}
     try:
         while checks or ahead:
@@ -60,7 +60,7 @@ def check(work: Campaign) -> None:
                 ahead.discard(task)
                 impl = checks.pop(task, None)
                 if impl is not None and work.session.device.kind != "cpu":
-                    ahead.add(pool.submit(_build_ahead, work, impl, stop))
+                    ahead.add(pool.submit(_build_ahead, work, impl, stop, lock))
             if work.plan.left() <= 0 or (not checks and len(ahead) <= FEW):
                 stop.set()  # what has begun ends, within its patience
     except BaseException:
@@ -87,11 +87,12 @@ def _compilers(work: Campaign) -> list[Impl]:
     return [impl for impls in work.field.values() for impl in impls if impl.per_shape]
 
 
-def _build_ahead(work: Campaign, impl: Impl, stop: threading.Event) -> None:
+def _build_ahead(work: Campaign, impl: Impl, stop: threading.Event, lock: threading.Lock) -> None:
     """Build a competitor of the first races while others are checked: its worker keeps what it built. What fails here
     fails in the race, which says so."""
-    raced = {p for p in work.problems if any(key.startswith(f"race {p} ") for key in work.home.steps)}
-    open_problems = [p for p in work.problems if p not in raced and p.op == impl.op and impl in work.healthy(p)]
+    with lock:  # checks add steps meanwhile
+        raced = {p for p in work.problems if any(key.startswith(f"race {p} ") for key in work.home.steps)}
+        open_problems = [p for p in work.problems if p not in raced and p.op == impl.op and impl in work.healthy(p)]
     for favourites in (False, True):  # those in every race first
         for problem in open_problems:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -166,6 +167,21 @@ def test_what_is_expected_next(tmp_path: Path, search: str) -> None:
 def test_the_default_is_measured_whatever_its_code_looks_like(on_gpu: None) -> None:
     with make(lambda config: Reply(Status.OK, "", {"spill_bytes": 8, "binary": "x"}), []) as known:
         assert known.judge(DEFAULT, {}) is None
+
+
+def test_where_a_launch_compiles_anew_only_what_is_known_is_judged(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: None
+) -> None:
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)  # nobody compiles meanwhile
+    asked: list[Config] = []
+    with make(lambda config: Reply(Status.OK, "", {"spill_bytes": 8 * (config != DEFAULT)}), asked) as known:
+        known.impl = replace(known.impl, language="numba_cuda")
+        assert known.judge(BEST, {}) is None
+        assert asked == [DEFAULT]
+        known.found[canonical(BEST)] = Reply(Status.OK, "", {"spill_bytes": 8})
+        trial = known.judge(BEST, {})
+        assert trial is not None
+        assert "spills 8 bytes" in trial.reason
 
 
 def test_an_architecture_that_cannot_be_compiled_for_switches_it_off(on_gpu: None) -> None:

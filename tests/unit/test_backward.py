@@ -10,10 +10,10 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 
 from rooftune import check, registry
 from rooftune.autotune import gradients, inprocess
-from rooftune.core import Problem, Reference, UsageError
+from rooftune.core import Problem, Reference, Status, UsageError
 from rooftune.kernels import attention
 from rooftune.kernels.layernorm import EPS
-from rooftune.worker import Handle
+from rooftune.worker import Buffers, Handle, Session
 
 
 def _given(text: str) -> tuple[Problem, tuple[torch.Tensor, ...], torch.Tensor]:
@@ -152,6 +152,32 @@ def test_a_backward_call_that_returns_its_parts_serves_in_this_process_too() -> 
     assert torch.allclose(out.double(), value, atol=1e-5)
 
 
+def test_candidates_of_a_worker_on_one_problem_share_its_tensors() -> None:
+    """Until the last of them is released; inputs are whole again before every round, whatever was done to them."""
+    session = Session("native", "cpu")
+    text = "layernorm_bwd[m=40,n=8]"
+    asked = {"impl": "layernorm_bwd/torch", "config": {}, "seed": 1, "thorough": False}
+    asked["config"] = session.space(asked["impl"], text)["default"]
+    first, second, other = (
+        session.prepare(problem=p, **asked)["handle"] for p in (text, text, "layernorm_bwd[m=9,n=8]")
+    )
+    on = session.handles[first].on
+    assert session.handles[second].on is on
+    assert session.handles[other].on is not on
+    for handle in (first, second):
+        assert session.time(handle, 3, samples=1)["status"] == Status.OK
+    before = [t.clone() for t in on.tensors]
+    for t in on.tensors:
+        t.zero_()
+    on.fill(3)
+    assert all(torch.equal(t, was) for t, was in zip(on.tensors, before, strict=True))
+    del on
+    session.release(first)
+    assert len(session.buffers) == 2
+    session.release(second)
+    assert len(session.buffers) == 1
+
+
 def test_a_timed_output_in_parts_is_judged_at_all_edges_once_then_at_random() -> None:
     problem = registry.problem("layernorm_bwd[m=900,n=8]")
     op = registry.op(problem.op)
@@ -163,11 +189,10 @@ def test_a_timed_output_in_parts_is_judged_at_all_edges_once_then_at_random() ->
 
     module = registry.impl("layernorm_bwd/torch").load()
     run = module.build(problem, module.SPACE.default_for(problem))
-    handle = Handle(replace(op, reference=reference), problem, run, "cpu")
+    handle = Handle(run, Buffers(replace(op, reference=reference), problem, "cpu"))
     for seed in range(4):
-        handle.fill(seed)
-        assert handle.out is not None
-        check.settle(run(handle.out.tensor, *handle.tensors), handle.out.tensor)
+        out = handle.on.fill(seed)
+        check.settle(run(out.tensor, *handle.on.tensors), out.tensor)
         assert handle.verify(seed) == ""
     assert {0, 899, 900, 901} <= set(seen[0])
     assert all(len(rows) == 6 for rows in seen[1:])

@@ -93,13 +93,13 @@ def test_a_gpu_compiles_for_shapes_while_others_are_checked(tmp_path: Path) -> N
     compilers = campaign_phases._compilers(work)
     assert [impl.key for impl in compilers] == ["gemm/torch_compile", "softmax/torch_compile"]
     work.home.finish(f"race {work.problems[0]} digest", "race", "ok")  # raced in an earlier sitting
-    campaign_phases._build_ahead(work, compilers[0], threading.Event())
+    campaign_phases._build_ahead(work, compilers[0], threading.Event(), threading.Lock())
     told = "gemm/torch_compile {} {{'call': 'compile'}}"
     assert lab.asked == [told.format(names[2]), told.format(names[3])]  # no softmax, and no error from the plan's end
     assert lab.released == [1]
     over = threading.Event()
     over.set()
-    campaign_phases._build_ahead(work, compilers[0], over)
+    campaign_phases._build_ahead(work, compilers[0], over, threading.Lock())
     assert len(lab.asked) == 2
     work.session.device.kind = "cpu"  # type: ignore[misc]
     assert campaign_phases._compilers(work) == []
@@ -113,7 +113,7 @@ def test_favourites_of_what_builds_slowly_race_if_they_were_built_ahead(tmp_path
     work.session.lab = lab  # type: ignore[assignment]
     work.problems = [registry.problem(f"gemm[m=4096,n=4096,k={k},bf16]") for k in (4096, 8192)]
     triton = registry.impl("gemm/triton")
-    campaign_phases._build_ahead(work, triton, threading.Event())
+    campaign_phases._build_ahead(work, triton, threading.Event(), threading.Lock())
     each = 1 + campaign_phases.FAVOURITES
     assert len(lab.asked) == len(lab.released) == 2 * each
     assert all(asked.endswith(str(lab.configs[0])) for asked in lab.asked[:2])
