@@ -26,7 +26,7 @@ RACE_ROUNDS, FINAL_ROUNDS = 6, 12
 FAVOURITES = 2  # configs of the analytic model that race beside a default
 RANKED = 4000  # configs that it looks at: half a second
 SLOW_BUILD_S = 3.0  # of a competitor's config; Numba takes 5 to 10 s for a product or attention on a GPU
-FEW = 2  # builders still at work that nobody waits for
+FEW = 2  # builders still at work: the other cores rest
 AUTOTUNED = {"mode": "max-autotune-no-cudagraphs"}  # torch.compile's slow mode is an entrant of its own on a GPU
 
 
@@ -44,13 +44,13 @@ def probe(work: Campaign) -> None:
 
 def check(work: Campaign) -> None:
     """Every competitor on small problems, thoroughly, each in a process of its own; several at a time. Beside a GPU
-    what is right goes on to build what the first races will time, until only a few are still at it."""
+    what is right goes on to build what the first races will time: defaults, and favourites while many are at it."""
     wanted = work.to_check()
     doubt = evidence.on_record(impl for impl, _ in wanted)
     order = sorted(wanted, key=lambda w: _uncertainty(doubt[w[0].key]), reverse=True)
-    stop, lost, lock = threading.Event(), threading.Event(), threading.Lock()
+    stop, lost, few, lock = threading.Event(), threading.Event(), threading.Event(), threading.Lock()
     pool = ThreadPoolExecutor(_at_once(work))
-    ahead: set[Future[None]] = {pool.submit(_build_ahead, work, impl, stop, lock) for impl in _compilers(work)}
+    ahead: set[Future[None]] = {pool.submit(_build_ahead, work, impl, stop, few, lock) for impl in _compilers(work)}
     checks = {pool.submit(_check, work, impl, asked, stop, lost, lock): impl for impl, asked in order}
     try:
         while checks or ahead:
@@ -60,8 +60,10 @@ def check(work: Campaign) -> None:
                 ahead.discard(task)
                 impl = checks.pop(task, None)
                 if impl is not None and work.session.device.kind != "cpu":
-                    ahead.add(pool.submit(_build_ahead, work, impl, stop, lock))
-            if work.plan.left() <= 0 or (not checks and len(ahead) <= FEW):
+                    ahead.add(pool.submit(_build_ahead, work, impl, stop, few, lock))
+            if not checks and len(ahead) <= FEW:
+                few.set()
+            if work.plan.left() <= 0:
                 stop.set()  # what has begun ends, within its patience
     except BaseException:
         lost.set()  # workers are ended from outside: what they then say is nobody's outcome
@@ -87,9 +89,9 @@ def _compilers(work: Campaign) -> list[Impl]:
     return [impl for impls in work.field.values() for impl in impls if impl.per_shape]
 
 
-def _build_ahead(work: Campaign, impl: Impl, stop: threading.Event, lock: threading.Lock) -> None:
+def _build_ahead(work: Campaign, impl: Impl, stop: threading.Event, few: threading.Event, lock: threading.Lock) -> None:
     """Build a competitor of the first races while others are checked: its worker keeps what it built. What fails here
-    fails in the race, which says so."""
+    fails in the race, which says so. `few`: most cores rest, so only what every race has is worth the wait."""
     with lock:  # checks add steps meanwhile
         raced = {p for p in work.problems if any(key.startswith(f"race {p} ") for key in work.home.steps)}
         open_problems = [p for p in work.problems if p not in raced and p.op == impl.op and impl in work.healthy(p)]
@@ -98,7 +100,7 @@ def _build_ahead(work: Campaign, impl: Impl, stop: threading.Event, lock: thread
             try:
                 configs = _best_by_model(work, problem, impl) if favourites else [_default(work, problem, impl)]
                 for config in configs:
-                    if stop.is_set():
+                    if stop.is_set() or (favourites and few.is_set()):
                         return
                     work.session.say(f"build {impl.key} {problem}")
                     begin = time.monotonic()
