@@ -167,11 +167,9 @@ def judge_parts(
 
 
 def place(tensors: Sequence[Any], device: str) -> str:
-    """Where (torch's name) the float64 reference of these inputs is computed.
-
-    On the host; on the GPU itself where they are large and half of its free memory holds their float64. A thorough
-    check also has small problems, whose reference is the host's: no kernel is judged by its own device alone.
-    """
+    """Where (torch's name) the float64 reference of these inputs is computed: on the host, or on the GPU itself where
+    they are large and half of its free memory holds their float64. A thorough check also has small problems, whose
+    reference is the host's: no kernel is judged by its own device alone."""
     import torch
 
     values = sum(t.numel() for t in tensors)

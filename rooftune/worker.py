@@ -183,7 +183,7 @@ class Session:
         return reply
 
     def _keep(self, key: str, run: check.Run) -> None:
-        """Remember a build; on a GPU only while half of its memory is free, as a build may hold a workspace."""
+        """Remember a build. Builds may hold workspaces: on a CPU fewer are kept, on a GPU none once half is used."""
         if self.device != "cpu":
             import torch
 
@@ -192,7 +192,7 @@ class Session:
                 self.built.clear()
                 return
         self.built[key] = run
-        if len(self.built) > KEPT:
+        if len(self.built) > (KEPT if self.device != "cpu" else KEPT // 4):
             self.built.popitem(last=False)
 
     def time(self, handle: int, seed: int, verify: bool = True, **options: Any) -> dict[str, Any]:
