@@ -43,7 +43,8 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
         console.print(f"[bold]{session.device}[/bold] {session.device.name}, {session.threads} threads")
         _ceilings(session, console)
         headline("1  The race", "python bench.py run --suite quick --rounds 20")
-        problems = catalogue.problems("tour", registry.op_names(), PRECISIONS.get(kind, ("bf16",)), kind)
+        precisions = PRECISIONS.get(kind, ("bf16",))
+        problems = catalogue.problems("tour", registry.op_names(), precisions, kind)
         field = {op: list(registry.impls(op)) for op in dict.fromkeys(p.op for p in problems)}
         if kind == "cpu":  # 8 to 20 s of a C++ compiler a problem, a minute of the six we have
             field = {op: [i for i in impls if not i.per_shape] for op, impls in field.items()}
@@ -55,7 +56,7 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
         tuned_line = _tune(session, kind, TUNE_S, console)
 
         headline("3  A transformer block", f"python bench.py block --model {MODEL} --phase decode")
-        shape = block_plan.shape(MODEL, "prefill", "fp32", kind)
+        shape = block_plan.shape(MODEL, "prefill", precisions[0], kind)
         result = compose_and_time(session, shape, 8, seed, console)
 
         proofs: list[Record] = []
