@@ -60,7 +60,7 @@ class Run:
 
 
 def load(paths: Iterable[Path]) -> list[Run]:
-    """Runs in order of time. Files that hold no result (a tuning, a damaged file) are left out."""
+    """Runs in order of time. Files without a time (a tuning, evidence, a damaged file, a newer schema) are left out."""
     found = []
     for path in paths:
         commit, records = "", []

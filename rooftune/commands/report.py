@@ -74,9 +74,10 @@ def _history(chosen: argparse.Namespace) -> ExitCode:
         for s, change in rows:
             if change.ratio > 1:
                 console.print(f"  {s.impl} {s.problem}: next: {_next(s, change)}", markup=False, soft_wrap=True)
-    short = len(found) - len(long_enough)
+    short, other = len(found) - len(long_enough), len(paths) - len(runs)
     text = f"{len(runs)} runs, {len(found)} series, {len(rows)} candidates"
-    console.print(text + (f"; {short} series have fewer than {SHORTEST} runs and were not judged" if short else ""))
+    text += f"; {short} series have fewer than {SHORTEST} runs and were not judged" if short else ""
+    console.print(text + (f"; {other} files hold no time" if other else ""))
     return ExitCode.INCONCLUSIVE if any(change.ratio > 1 for _, change in rows) else ExitCode.OK
 
 

@@ -168,7 +168,7 @@ def test_the_verb_names_the_commits_between_which_it_happened(
     told = capsys.readouterr().out
     assert "slower?" in told
     assert f'compare --base c11 --cand c12 "{PROBLEM}" --only numba' in told
-    assert "20 runs, 1 series, 1 candidates" in told
+    assert "20 runs, 1 series, 1 candidates; 1 files hold no time" in told
     assert main(["report", "--history", "--json"]) == ExitCode.INCONCLUSIVE
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (row["before"], row["after"], row["by"]) == ("run-11", "run-12", "vs torch")
