@@ -99,7 +99,7 @@ def entrants(lab: Lab, problem: Problem, impls: Iterable[Impl], event: Event) ->
         calls = [starters[value] for value in space["axes"][axis] if value in starters]
         return [Entrant(impl, config, config == space["default"]) for config in calls]
 
-    with ThreadPoolExecutor(_at_once(lab)) as pool:  # a worker imports its backend first: seconds each
+    with ThreadPoolExecutor(at_once(lab)) as pool:  # a worker imports its backend first: seconds each
         return [entrant for group in pool.map(one, impls) for entrant in group]
 
 
@@ -150,11 +150,11 @@ def prepare(
     for entrant in field_:
         if entrant.status == Status.OK and entrant.handle is None:
             groups.setdefault(entrant.impl.path, []).append(entrant)
-    with ThreadPoolExecutor(_at_once(lab)) as pool:
+    with ThreadPoolExecutor(at_once(lab)) as pool:
         list(pool.map(work, groups.values()))
 
 
-def _at_once(lab: Lab) -> int:
+def at_once(lab: Lab) -> int:
     """How many competitors get ready together: two on a CPU, which they all load; more where compilers run beside
     a GPU."""
     return 2 if lab.kind == "cpu" else max(2, min(12, cores() - 2))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rooftune import evidence, race, registry
@@ -12,8 +14,10 @@ from rooftune.commands import common
 from rooftune.core import Evidence, ExitCode, Problem, Status
 from rooftune.registry import Impl
 from rooftune.results.record import Record
-from rooftune.session import Session
+from rooftune.session import COPIES, Session
 from rooftune.suites import catalogue
+
+MOST_AHEAD = 24  # builds of a competitor: its worker keeps 32
 
 
 def run(chosen: argparse.Namespace) -> ExitCode:
@@ -76,6 +80,7 @@ def measure(
     seen: set[Any] = set()
     absent = [i for impls in field.values() for i in impls if session.device.kind not in i.devices]
     standing = {key: str(found) for key, found in evidence.on_record(absent).items()}
+    checked = build_ahead(session, problems, field, timing, extra or {}, seen)
     started = time.monotonic()
     for number, problem in enumerate(problems):
         eta = (
@@ -94,12 +99,65 @@ def measure(
         )
         baselines = {i.key for i in field[problem.op] if i.baseline}
         for record in mine:
+            if record.status == Status.OK:
+                record.error = checked.get(f"{problem} {record.impl} {record.config}", record.error)
             record.goal = None if record.impl in baselines else (goals or {}).get(problem)
         records += mine  # before they are stored: an interrupt in between must not lose them for --json
         session.keep(mine)
         session.clear()
         report.race_table(mine, console, standing=standing)
     return records
+
+
+def build_ahead(
+    session: Session,
+    problems: Sequence[Problem],
+    field: dict[str, list[Impl]],
+    timing: race.Options,
+    extra: dict[Problem, list[race.Entrant]],
+    seen: set[Any],
+) -> dict[str, dict[str, Any]]:
+    """Beside a GPU, build and check everyone on every problem before anything is timed: each competitor in its own
+    process, many at a time. Its worker keeps what it built, so that no race waits for the slowest compiler again.
+    What fails here fails in the race, which says so. On a CPU compilers would share its cores one way or the other.
+
+    Returns:
+        The figures of the checks, which the races do not repeat as a whole: by problem, competitor and config.
+    """
+    lab, kind = session.lab, session.device.kind
+    found: dict[str, dict[str, Any]] = {}
+    if kind == "cpu" or len(problems) < 2:
+        return found
+    free, need = session.device.memory_bytes().free, max(registry.op(p.op).memory_bytes(p) for p in problems)
+    most = race.at_once(lab) if free is None else min(race.at_once(lab), int(free / 2 / (need * COPIES)))
+    over = threading.Event()
+
+    def event(what: str, text: str) -> None:
+        session.say(f"{what} {text}")
+
+    def build(impl: Impl) -> None:
+        left = MOST_AHEAD
+        for problem in (p for p in problems if impl in field[p.op]):
+            mine = race.entrants(lab, problem, [impl], event)
+            mine += [race.Entrant(impl, e.config, e.default) for e in extra.get(problem, ()) if e.impl == impl]
+            for entrant in mine:
+                left -= 1
+                if over.is_set() or left < 0:
+                    return
+                race.prepare(lab, problem, [entrant], timing, seen, event)
+                if entrant.handle is not None and entrant.error is not None:
+                    found[f"{problem} {impl.key} {entrant.config}"] = entrant.error
+                    lab.release(impl, entrant.handle)
+
+    impls = {impl.key: impl for some in field.values() for impl in some if kind in impl.devices and not impl.missing}
+    pool = ThreadPoolExecutor(max(1, most))
+    try:
+        for done in [pool.submit(build, impl) for impl in impls.values()]:
+            done.result()
+    finally:  # after Ctrl-C too: nothing new begins
+        over.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+    return found
 
 
 def prove(
