@@ -28,7 +28,7 @@ MAX_WORKERS = 12  # each holds a compiler of some 300 MB
 REGISTERS = 65536  # of a multiprocessor, from compute capability 3.7 on
 # Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications).
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
-ANEW = ("numba_cuda",)  # languages whose launches compile for themselves, 5 s a kernel: nobody waits for a verdict
+ANEW = ("numba_cuda",)  # languages whose launches compile for themselves: waiting for a verdict is twice the time
 LOOK_AHEAD = 24  # configs in the queue at most: those of an older proposal are not worth a core any more
 
 

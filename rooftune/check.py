@@ -25,7 +25,7 @@ WHOLE_VALUES = 2**19  # a float64 softmax of 8 M values and its error model take
 SAMPLED_ROWS = 48  # at least, and as many as make SAMPLED_VALUES
 SAMPLED_VALUES = 2**17
 DEVICE_VALUES = 2**20  # inputs of more values are compared where they are: 48 float64 rows of a product of 4096 take
-DOUBLES = 24  # a core 0.3 s with the copies. So many bytes a value needs meanwhile: its float64, two results of that
+DOUBLES = 24  # a core 0.2 s and the copies. So many bytes a value needs meanwhile: its float64, two results of that
 POISON_BYTE = 0xFF  # all ones is a NaN in every float format here, and -1 in the integers
 
 

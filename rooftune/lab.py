@@ -236,7 +236,7 @@ class Lab:
         self.close()
 
     def close(self) -> None:
-        """End all at once: one after the other, the 25 of a GPU's campaign took longer than its last phase."""
+        """End all at once: one after the other, those of a campaign beside a GPU took 20 s and more."""
         workers = list(self._workers.values())
         self._workers.clear()
         for worker in workers:

@@ -37,10 +37,12 @@ def commit(revision: str, beside: Path) -> str:
 
 
 def head(beside: Path) -> str:
-    """The short hash of what is checked out where a file or folder lies, with `-dirty` if something was edited since;
-    empty where there is no git and no checkout."""
+    """The short hash of what is checked out where a folder lies, with `-dirty` if something was edited since; empty
+    where there is no git, no checkout, or another repository's (an installed package in somebody's working tree)."""
     try:
-        told = _git(beside, "describe", "--always", "--dirty", "--exclude=*", check=False)
+        if not _git(beside, "ls-files", ".", check=False):
+            return ""
+        told = _git(beside, "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*", check=False)
     except UsageError:
         return ""
     return told.decode().strip()

@@ -25,7 +25,7 @@ from rooftune.session import COPIES
 RACE_ROUNDS, FINAL_ROUNDS = 6, 12
 FAVOURITES = 2  # configs of the analytic model that race beside a default
 RANKED = 4000  # configs that it looks at: half a second
-SLOW_BUILD_S = 3.0  # of a competitor's config; Numba takes 5 to 10 s for a product or attention on a GPU
+SLOW_BUILD_S = 3.0  # of a competitor's config: a race would wait for it, as for Numba's products on a GPU
 FEW = 2  # builders still at work: the other cores rest
 AUTOTUNED = {"mode": "max-autotune-no-cudagraphs"}  # torch.compile's slow mode is an entrant of its own on a GPU
 

@@ -69,6 +69,10 @@ def test_what_is_checked_out_has_a_name(repository: Path, tmp_path: Path) -> Non
     git(repository, "stash", "-q")
     assert revisions.head(folder) == revisions.commit("HEAD", folder)
     assert revisions.head(tmp_path) == ""
+    installed = repository / "site-packages" / "kernels"
+    installed.mkdir(parents=True)
+    (installed / "mine.py").write_text("")
+    assert revisions.head(installed) == ""
 
 
 def bench(repository: Path, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
