@@ -14,7 +14,6 @@ import secrets
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import rooftune
-from rooftune import locks
+from rooftune import locks, nursery, registry
 from rooftune.core import Config, Problem, Status, Unavailable, UsageError
 from rooftune.registry import Impl
 
@@ -33,9 +32,8 @@ LOAD_S = 180.0  # start, or import a competitor and list its configs; 60 s were 
 PREPARE_S = 240.0  # build and check; inductor and LLVM need tens of seconds on a loaded machine
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 
-# "Die with the parent" means the parent *thread* (prctl(2), PR_SET_PDEATHSIG): a child that a pool's thread
-# started would be killed when the pool ends, so one thread that lives as long as we do starts them all.
-_STARTER = ThreadPoolExecutor(1, thread_name_prefix="rooftune-starter")
+# What a worker of a language begins with, beside torch; see `nursery`.
+IMPORTS = {"numba": ("numba",), "numba_cuda": ("numba",)}
 
 
 class WorkerDied(Exception):
@@ -64,31 +62,25 @@ class Reply:
 
 
 class Worker:
-    """One child process with its own session (process group), pipes and log file."""
+    """One child process with its own session (process group), pipes and log file.
 
-    def __init__(self, impl: Impl | None, mode: str, device: str, threads: int) -> None:
+    `anew`: it is executed, not forked from a process that has its imports.
+    """
+
+    def __init__(self, impl: Impl | None, mode: str, device: str, threads: int, anew: bool = False) -> None:
         self.name = f"{impl.key if impl else 'probe'} [{mode}]"
         self.log: IO[bytes] = tempfile.TemporaryFile(prefix="rooftune-worker-")  # noqa: SIM115 - lives as long as we
         request_read, self._request = os.pipe()
         self._reply, reply_write = os.pipe()
         home = str((impl and impl.home) or Path(rooftune.__file__).parent.parent)
-        env = {**os.environ, **_thread_env(threads), **(impl.env.get(mode, {}) if impl else {})}
+        own = impl.env.get(mode, {}) if impl else {}
+        env = {**os.environ, **_thread_env(threads), **registry.environment(mode), **own}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
         device = _see_only(device, env)
         env["PYTHONFAULTHANDLER"] = "1"  # a crash leaves its Python line in the log
-        fds = (request_read, reply_write)
-        command = [sys.executable, "-P", "-m", "rooftune.worker", *map(str, fds), mode, device]
+        imports = None if anew or device != "cpu" else ("torch", *IMPORTS.get(impl.language if impl else "", ()))
         try:
-            self.process = _STARTER.submit(
-                subprocess.Popen,
-                command,
-                env=env,
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=self.log,
-                start_new_session=True,
-            ).result()
+            self.process = nursery.start((mode, device), env, (request_read, reply_write), self.log.fileno(), imports)
         finally:
             os.close(request_read)
             os.close(reply_write)
@@ -164,15 +156,14 @@ class Worker:
     def kill(self) -> None:
         """SIGTERM to the group, SIGKILL two seconds later, and wait: no orphan, no zombie."""
         for signum, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 15.0)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signum)
+            self.process.signal_group(signum)
             try:
                 self.process.wait(wait_s)
             except subprocess.TimeoutExpired:
                 continue
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # children it left in its group
+            self.process.signal_group(signal.SIGKILL)  # children it left in its group
             break
+        self.process.close()
         for fd in (self._request, self._reply):
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -223,6 +214,7 @@ class Lab:
         self.device, self.threads = device, threads
         self.kind = kind or device.partition(":")[0]
         self._workers: dict[tuple[str, str], Worker] = {}
+        self._retired: set[tuple[str, str]] = set()  # whose next worker is executed
         self._spaces: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.patience_s = math.inf
         self.until = math.inf
@@ -257,7 +249,7 @@ class Lab:
             return found
         device = self.device if mode == "native" else "cpu"
         while True:
-            started = Worker(impl, mode, device, self.threads if mode == "native" else 1)
+            started = Worker(impl, mode, device, self.threads if mode == "native" else 1, key in self._retired)
             try:
                 self._request(started, "hello", LOAD_S)
             except OutOfTime:
@@ -273,7 +265,8 @@ class Lab:
             return started
 
     def retire(self, impl: Impl | None, mode: str = "native") -> None:
-        """End a competitor's worker; the next request starts a fresh one."""
+        """End a competitor's worker; the next request starts a fresh one, which shares nothing with this one."""
+        self._retired.add(_key(impl, mode))
         worker = self._workers.pop(_key(impl, mode), None)
         if worker is not None:
             worker.close()

@@ -153,8 +153,16 @@ def op(name: str) -> Op:
 def _read(path: Path) -> tuple[dict[str, Any], str, set[str]]:
     """Literals, first docstring line and function names of a file, without running it."""
     try:
+        return _read_once(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read as Python: {error}") from error
+
+
+@cache
+def _read_once(path: Path, _: int) -> tuple[dict[str, Any], str, set[str]]:
+    try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+    except (SyntaxError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read as Python: {error}") from error
     values: dict[str, Any] = {}
     names: set[str] = set()
@@ -180,13 +188,24 @@ def _read(path: Path) -> tuple[dict[str, Any], str, set[str]]:
 
 
 def _language(root: Path, name: str) -> tuple[str, dict[str, Any]]:
-    """The longest-named `common/<language>.py` that begins the competitor's name, and its literals."""
+    """The longest-named language that begins the competitor's name, and its literals: a `common/<language>.py` that
+    declares what it requires (others are building blocks)."""
     parts = name.split("_")
     for length in range(len(parts), 0, -1):
         path = root / "common" / ("_".join(parts[:length]) + ".py")
-        if path.exists():
-            return path.stem, _read(path)[0]
+        if path.exists() and "REQUIRES" in (literals := _read(path)[0]):
+            return path.stem, literals
     return "", {}
+
+
+@cache
+def environment(mode: str) -> dict[str, str]:
+    """The variables of all our languages for a mode: with them any competitor's process can begin alike."""
+    found: dict[str, str] = {}
+    for path in sorted((kernel_folder() / "common").glob("*.py")):
+        for name, value in _read(path)[0].get("ENV", {}).get(mode, {}).items():
+            found.setdefault(name, value)
+    return found
 
 
 def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:

@@ -8,12 +8,10 @@ side returns raw samples.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
 import random
-import signal
 import sys
 import time
 import traceback
@@ -25,6 +23,7 @@ from weakref import WeakValueDictionary
 
 from rooftune import check, registry
 from rooftune.core import CompileError, Op, Problem, RooftuneError, Status
+from rooftune.nursery import die_with_parent
 
 VERIFY_ROWS = 6  # rows of a timed output that are compared with float64
 KEPT = 32  # builds that may be asked for again: Numba took 30 s for those of one thorough check of a GPU's product
@@ -292,10 +291,9 @@ def serve(session: Session, requests: TextIO, replies: TextIO) -> None:
 
 def main(arguments: list[str]) -> None:
     """`python -m rooftune.worker REQUEST_FD REPLY_FD MODE DEVICE`."""
-    if sys.platform == "linux":  # die with the parent, even if it is killed with -9
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-        if os.getppid() == 1:
-            return
+    die_with_parent()
+    if os.getppid() == 1:
+        return
     read_fd, write_fd, mode, device = int(arguments[0]), int(arguments[1]), arguments[2], arguments[3]
     with os.fdopen(read_fd) as requests, os.fdopen(write_fd, "w") as replies:
         serve(Session(mode, device), requests, replies)
