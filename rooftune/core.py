@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 Config = dict[str, Any]  # axis name -> value; JSON scalars only
@@ -49,6 +51,12 @@ def unknown(what: str, name: str, known: Sequence[str], hint: str = "") -> Usage
     """The one-line error for a name that does not exist: what, the known values, the next command."""
     tail = f"; {hint}" if hint else ""
     return UsageError(f"unknown {what} '{name}'; known: {', '.join(sorted(known)) or 'none'}{tail}")
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again lies: below $ROOFTUNE_CACHE_DIR, else below rooftune in the user's cache folder."""
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rooftune"
+    return Path(os.environ.get("ROOFTUNE_CACHE_DIR") or users) / kind
 
 
 class Status(StrEnum):

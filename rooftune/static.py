@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rooftune import registry
-from rooftune.core import Config, Evidence, Problem, Resources, Status, UsageError
+from rooftune.core import Config, Evidence, Problem, Resources, Status, UsageError, cache_folder
 from rooftune.evidence import COMPILE_S
 from rooftune.lab import Lab
 from rooftune.occupancy import multiprocessor, occupancy
@@ -179,13 +178,6 @@ def row(job: Job, found: Row) -> Row:
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 
-def cache_dir() -> Path:
-    """$ROOFTUNE_CACHE_DIR/static, else rooftune/static in the user's cache folder."""
-    chosen = os.environ.get("ROOFTUNE_CACHE_DIR")
-    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rooftune"
-    return base / "static"
-
-
 class Cache:
     """What is known of one competitor under its present source and toolchain. Several processes may add to it."""
 
@@ -194,7 +186,7 @@ class Cache:
         ours = next((i.source_hash for i in registry.impls(impl.op)), "")
         digest = _digest(impl.module, impl.source_hash, ours, json.dumps(packages(impl)))
         self._prefix = f"{impl.op}-{impl.name}-"
-        self._log = Log(cache_dir() / f"{self._prefix}{digest}.jsonl", sync_s=60.0)
+        self._log = Log(cache_folder("static") / f"{self._prefix}{digest}.jsonl", sync_s=60.0)
         self._known = {}
         if self._log.path.exists():
             self._known = {line["key"]: line["found"] for line in self._log.read()[0] if "key" in line}

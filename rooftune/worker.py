@@ -294,6 +294,7 @@ def main(arguments: list[str]) -> None:
     die_with_parent()
     if os.getppid() == 1:
         return
+    os.environ["ROOFTUNE_WORKER"] = "1"  # kernels/common/numba_kept.py: what is compiled here may be kept
     read_fd, write_fd, mode, device = int(arguments[0]), int(arguments[1]), arguments[2], arguments[3]
     with os.fdopen(read_fd) as requests, os.fdopen(write_fd, "w") as replies:
         serve(Session(mode, device), requests, replies)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -93,7 +93,9 @@ SPACE = Space(
     ),
     default=_default,
 )
-ARGUMENTS = (*("int64",) * 13, "float32")
+# addresses of q, k, v, out, scratch; size, count, period, sk, d, beyond, block, tiles; addresses of the jobs that
+# compute a task again, by AMX in parts of bf16 and by FMA; factor
+ARGUMENTS = (*("int64",) * 15, "float32")
 
 
 def _split(problem: Problem, config: Config) -> bool:
@@ -155,16 +157,14 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
     softmax, arguments = soften(queries, degree, steps == 2, deep, split), arguments_of(*ARGUMENTS)
     lost, side = numba_split.spoiled(), numba_tmul.SIDE
     score, widest, uneven = scoring(multiply)
-    again = compiled(dtype, AGAIN, queries, "widen").address if split else 0
-    if multiply_by == "fixed":
+    if fixed := multiply_by == "fixed":
         pack_q, pack_k = numba_scores.rows(queries, False), numba_scores.rows(rows, True)
         score, widest, uneven = numba_scores.products(queries), numba_scores.widest(), numba_scores.uneven()
-        again = compiled(dtype, rows, queries, "amx").address
     bound = numba_scores.BOUND
 
     @job
     def attention(given, task, slot):  # type: ignore[no-untyped-def]
-        q, k, v, out, scratch, size, count, period, sk, d, beyond, block, tiles, factor = arguments(given)
+        q, k, v, out, scratch, size, count, period, sk, d, beyond, block, tiles, amx, fma, factor = arguments(given)
         every = (count + queries - 1) // queries
         parts = (every + tiles - 1) // tiles
         columns, tall = (d + panel - 1) // panel * panel, (block + panel - 1) // panel * panel
@@ -226,7 +226,7 @@ def compiled(dtype: str, rows: int, queries: int, multiply_by: str) -> Job:
             for lane in range(0, queries, side) if split else range(0):
                 doubt = doubt or uneven(packed + lane * words * planes * 4, sums + lane * 4, top, bound * math.sqrt(d))
             if doubt:  # a total or a number of the output is not finite, or the error of a score may show
-                call(again, given, task, slot)
+                call(amx if fixed else fma, given, task, slot)
                 return
             finish(sums, d, out + (head * count + first) * d * item, min(queries, count - first))
 
@@ -249,7 +249,7 @@ def build(problem: Problem, config: Config) -> Run:
     causal = bool(problem.flag("causal")) and period > 1  # bottom right: a single query sees every key
     beyond = sk - period if causal else sk
     rows, queries = (int(side) for side in config["tile"].split("x"))
-    amx, split = config["multiply"] in AMX, _split(problem, config)
+    tiled, split = config["multiply"] in AMX, _split(problem, config)
     block, every = min(config["block_k"], sk), -(-count // queries)
     tiles = min(config["query_tiles"], -(-every // -(-threads() // heads)))
 
@@ -261,19 +261,22 @@ def build(problem: Problem, config: Config) -> Run:
         return -(-(space + (queries * thick if planes > 1 else 0)) // 16) * LINE
 
     planes = numba_split.SPLIT.planes if split else 1
-    size = room(rows, _steps(config["multiply"]), numba_tmul.SIDE if amx else 1, planes)
+    size = room(rows, _steps(config["multiply"]), numba_tmul.SIDE if tiled else 1, planes)
     if split:
         size = max(size, room(AGAIN, 1, 1, 1))
     tasks = heads * -(-every // tiles)
     scratch = torch.empty((slots(tasks) * size + LINE) // 4, dtype=torch.float32)
     place = -(-scratch.data_ptr() // LINE) * LINE
     factor = LOG2E / math.sqrt(d)
-    kernel = parallel(ARGUMENTS, (compiled(problem.precision, rows, queries, config["multiply"]), tasks))
+    make = partial(compiled, problem.precision)
+    kernel = parallel(ARGUMENTS, (make(rows, queries, config["multiply"]), tasks))
+    amx = make(rows, queries, "amx").address if config["multiply"] == "fixed" else 0
+    fma = make(AGAIN, queries, "widen").address if split else 0
 
     def run(out: Any, q: Any, k: Any, v: Any, keep: Any = scratch) -> None:
         kernel(
             *(t.data_ptr() for t in (q, k, v, out)),
-            *(place, size, count, period, sk, d, beyond, block, tiles, factor),
+            *(place, size, count, period, sk, d, beyond, block, tiles, amx, fma, factor),
         )
 
     return run

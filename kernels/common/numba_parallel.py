@@ -20,10 +20,12 @@ from typing import Any
 import numba
 from llvmlite import ir
 from numba import prange
-from numba.core import types
+from numba.core import sigutils, types
+from numba.core.ccallback import CFunc
 from numba.core.types.containers import Tuple
 from numba.extending import intrinsic
 
+from rooftune.kernels.common import numba_kept
 from rooftune.kernels.common.numba import LINE, threads
 
 WORD = 8  # bytes of an argument in memory
@@ -44,7 +46,11 @@ def job(function: Callable[[Any, Any, Any], None]) -> Job:
 
     No two tasks of a slot run at once: scratch memory is a slot's.
     """
-    return numba.cfunc("void(int64, int64, int64)", **OPTIONS)(function)
+    made: Any = CFunc(function, sigutils.normalize_signature("void(int64, int64, int64)"), {}, OPTIONS)
+    if (kept := numba_kept.of(function)) is not None:
+        made._cache = kept
+    made.compile()
+    return made
 
 
 @cache
