@@ -148,7 +148,7 @@ class Nursery:
     def __init__(self, env: Mapping[str, str], log: int) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-P", "-m", "rooftune.nursery", str(theirs.fileno())]
+            command = [sys.executable, "-P", "-m", "rooftune.nursery", str(theirs.fileno()), str(os.getpid())]
             self.process = _execute(command, env, (theirs.fileno(),), log)
         self._lock = threading.Lock()
 
@@ -176,13 +176,13 @@ def start(
     """A worker (`rooftune.worker`) in a session of its own.
 
     Args:
-        arguments: of `rooftune.worker`, after its two pipes.
+        arguments: of `rooftune.worker`, between its two pipes and its parent.
         fds: its pipes for requests and replies.
         log: file descriptor of its output.
         imports: modules that are there when it begins; None if it is to be executed.
     """
     if imports is None or sys.platform != "linux":
-        command = [sys.executable, "-P", "-m", "rooftune.worker", *map(str, fds), *arguments]
+        command = [sys.executable, "-P", "-m", "rooftune.worker", *map(str, fds), *arguments, str(os.getpid())]
         return _execute(command, env, fds, log)
     key = (sys.executable, *sorted((name, value) for name, value in env.items() if not name.startswith(LATE)))
     with _nurseries_lock:
@@ -206,10 +206,12 @@ def _execute(command: list[str], env: Mapping[str, str], fds: Sequence[int], log
     return _STARTER.submit(run).result()
 
 
-def die_with_parent() -> None:
-    """Even if it is killed with -9."""
+def die_with_parent(parent: int) -> None:
+    """Even if it is killed with -9, or was before we could say so. In a container it may be process 1."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 # --- the nursery's own side -----------------------------------------------------------------------------------------
@@ -290,11 +292,10 @@ class _Home:
             code = 1
             try:
                 os.setsid()
-                die_with_parent()
+                die_with_parent(home)
                 voice.sendall(f"pid {os.getpid()}\n".encode())
                 self._leave(voice)
-                if os.getppid() == home:
-                    code = _live(request, fds, anew=bool(self._missing.intersection(request["imports"])))
+                code = _live(request, fds, home, anew=bool(self._missing.intersection(request["imports"])))
             except BaseException:  # noqa: BLE001 - a child that cannot begin ends, and its log says why
                 traceback.print_exc()
             finally:
@@ -341,9 +342,9 @@ def _say_to(log: int) -> None:
         os.dup2(log, fd)
 
 
-def _live(request: dict[str, Any], fds: Sequence[int], anew: bool) -> int:
+def _live(request: dict[str, Any], fds: Sequence[int], home: int, anew: bool) -> int:
     """A child's life: what `rooftune.worker` does, with what is imported, or anew where an import failed."""
-    arguments = [*map(str, fds[2:]), *request["arguments"]]
+    arguments = [*map(str, fds[2:]), *request["arguments"], str(home)]
     os.chdir(request["folder"])
     if anew:
         for fd in fds[2:]:
@@ -359,10 +360,8 @@ def _live(request: dict[str, Any], fds: Sequence[int], anew: bool) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`python -m rooftune.nursery SOCKET_FD`."""
-    die_with_parent()
-    if os.getppid() == 1:
-        return
+    """`python -m rooftune.nursery SOCKET_FD PARENT`."""
+    die_with_parent(int(arguments[1]))
     control = socket.socket(fileno=int(arguments[0]))
     control.set_inheritable(False)
     importlib.import_module("rooftune.worker")

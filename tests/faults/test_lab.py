@@ -147,6 +147,17 @@ def test_killing_the_parent_takes_the_workers_along(tmp_path: Path, kernel) -> N
     assert _wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 5.0)
 
 
+def test_workers_start_where_we_are_process_1_as_in_a_container() -> None:
+    alone = ["unshare", "--fork", "--pid", "--mount-proc", sys.executable]
+    try:
+        subprocess.run([*alone, "-c", ""], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no process namespace of our own can be made: {error}")
+    script = "import os; from rooftune.lab import Lab\nwith Lab() as lab: print(os.getpid(), lab.worker(None).alive)"
+    said = subprocess.run([*alone, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.stdout == "1 True\n", said.stderr
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_and_keeps_its_file(tmp_path: Path, kernel, signum: signal.Signals) -> None:  # type: ignore[no-untyped-def]
     path = kernel("time.sleep(0.02)\n" + "torch.softmax(x, -1, out=out)")
