@@ -292,7 +292,7 @@ def serve(session: Session, requests: TextIO, replies: TextIO) -> None:
 def main(arguments: list[str]) -> None:
     """`python -m rooftune.worker REQUEST_FD REPLY_FD MODE DEVICE PARENT`."""
     die_with_parent(int(arguments[4]))
-    os.environ["ROOFTUNE_WORKER"] = "1"  # kernels/common/numba_kept.py: what is compiled here may be kept
+    os.environ["ROOFTUNE_WORKER"] = "1"  # kernels/common/numba_kept.py: nobody changed our modules here
     read_fd, write_fd, mode, device = int(arguments[0]), int(arguments[1]), arguments[2], arguments[3]
     with os.fdopen(read_fd) as requests, os.fdopen(write_fd, "w") as replies:
         serve(Session(mode, device), requests, replies)

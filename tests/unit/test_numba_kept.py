@@ -61,7 +61,7 @@ def test_a_second_process_compiles_nothing_and_computes_the_same(compiled: list[
     assert len(compiled) == 1
 
 
-def test_outside_workers_nothing_is_kept(compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_test_only_workers_keep(compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROOFTUNE_WORKER")
     result()
     result()
@@ -166,6 +166,16 @@ def test_room_is_made_from_the_oldest(compiled: list[str], tmp_path: Path, monke
     assert len(compiled) == 1
 
 
+def test_without_a_home_folder_nothing_is_kept(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(_: str) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    numba_kept._sources()  # which asks where that function is written
+    monkeypatch.setattr(numba_kept, "cache_folder", nowhere)
+    result()
+    assert len(compiled) == 1
+
+
 def test_a_folder_that_cannot_be_written_to_costs_nothing_else(
     compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +208,8 @@ print(len(compiled))
 @pytest.mark.slow
 def test_what_others_made_is_not_taken_for_what_was_made_here(tmp_path: Path) -> None:
     """Numba numbers the functions of every process alike: one that was loaded ran as another of the same number."""
-    env = {**os.environ, "ROOFTUNE_WORKER": "1", "ROOFTUNE_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "ROOFTUNE_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env.pop("PYTEST_CURRENT_TEST")  # as in production
     said = [
         subprocess.run([sys.executable, "-c", PROCESS, *tiles], env=env, capture_output=True, text=True, check=False)
         for tiles in (("0",), ("1", "0"))
