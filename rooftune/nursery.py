@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -365,6 +366,8 @@ def main(arguments: Sequence[str]) -> None:
     control = socket.socket(fileno=int(arguments[0]))
     control.set_inheritable(False)
     importlib.import_module("rooftune.worker")
+    # Python 3.12 warns of threads that a child lacks: here they are OpenBLAS's, which ends them before a fork
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     _Home(control).run()
     os._exit(0)  # nothing to take down: no library was used
 
