@@ -32,8 +32,7 @@ LOAD_S = 180.0  # start, or import a competitor and list its configs; 60 s were 
 PREPARE_S = 240.0  # build and check; inductor and LLVM need tens of seconds on a loaded machine
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 
-# What a worker of a language begins with, beside torch; see `nursery`.
-IMPORTS = {"numba": ("numba",), "numba_cuda": ("numba",)}
+BEFORE = ("torch", "numba")  # imported before workers are forked (`nursery`): torch for all, others who require them
 
 
 class WorkerDied(Exception):
@@ -78,7 +77,8 @@ class Worker:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH", ""))))
         device = _see_only(device, env)
         env["PYTHONFAULTHANDLER"] = "1"  # a crash leaves its Python line in the log
-        imports = None if anew or device != "cpu" else ("torch", *IMPORTS.get(impl.language if impl else "", ()))
+        needed = {"torch", *(impl.requires if impl else ())}
+        imports = None if anew or device != "cpu" else [name for name in BEFORE if name in needed]
         try:
             self.process = nursery.start((mode, device), env, (request_read, reply_write), self.log.fileno(), imports)
         finally:
