@@ -97,7 +97,12 @@ def dot_formats() -> tuple[str, ...]:
 def dot_is_fast(dtype: str) -> bool:
     """Intel's `vdpbf16ps` has a quarter of the rate of AMD's (84 against 477 GFLOP/s measured on an Emerald
     Rapids and a Zen 5 core), half that of fp32; `vpdpbusd` is fast on both."""
-    return dtype == "int8" or llvmlite.binding.get_host_cpu_name().startswith("znver")
+    return dtype == "int8" or zen()
+
+
+def zen() -> bool:
+    """Whether this is one of AMD's Zen (with AVX-512, Zen 4: one FMA and one load of 512 bits a cycle)."""
+    return llvmlite.binding.get_host_cpu_name().startswith("znver")
 
 
 def int8_pairs() -> bool:

@@ -1,4 +1,4 @@
-"""What follows a register tile of sums in Numba: correction, bias or residual, activation, rounding, edges."""
+"""What follows a register tile of sums in Numba: bias or residual, activation, rounding, edges."""
 
 from __future__ import annotations
 
@@ -36,25 +36,19 @@ def gelu(e: Emit, x: Value) -> Value:
 
 @cache
 def finish(form: Format, columns: int, epilogue: str) -> Any:
-    """Numba function (sums, out, n, height, width, bias, correction): bias or residual, activation, rounding, edges.
+    """Numba function (sums, out, n, height, width, bias): bias or residual, activation, rounding, edges.
 
     sums: one register tile of accumulators; out: address of its first element in [m, n]; height and width:
-    how much of the tile lies inside; bias: address of the tile's first, residual: of its first element in [m, n];
-    correction: 128 times the column sums of b for unsigned a.
+    how much of the tile lies inside; bias: address of the tile's first, residual: of its first element in [m, n].
     """
     integer = form.accumulator == "int32"
 
-    def emit(
-        e: Emit, sums: Value, out: Value, n: Value, height: Value, width: Value, bias: Value, correction: Value
-    ) -> None:
+    def emit(e: Emit, sums: Value, out: Value, n: Value, height: Value, width: Value, bias: Value) -> None:
         b = e.builder
 
         def result(value: Value, chunk: Chunk, added: Value) -> Value:
             if integer:
-                if not form.unsigned_a:
-                    return value
-                behind = b.bitcast(chunk.load(correction, "fp32"), e.ints)
-                return b.bitcast(b.sub(b.bitcast(value, e.ints), behind), e.vector)
+                return value
             if epilogue != "none":
                 value = b.fadd(value, chunk.load(added, form.dtype))
             if epilogue == "bias_relu":
@@ -86,23 +80,26 @@ def finish(form: Format, columns: int, epilogue: str) -> Any:
         inside = b.icmp_signed("==", width, e.index(columns))
         e.branch(inside, lambda: rows_by(whole), lambda: rows_by(lambda body: e.row(width, [], body)))
 
-    return intrinsic([types.int64] * 7, emit)
+    return intrinsic([types.int64] * 6, emit)
 
 
 @cache
 def column_sums(columns: int) -> Any:
-    """Numba function (panel, words, target): 128 times the sums of the columns of a packed int8 panel."""
+    """Numba function (panel, words, target): -128 times the sums of the columns of a packed int8 panel, with which the
+    sums of products with a + 128 begin."""
 
     def emit(e: Emit, panel: Value, words: Value, target: Value) -> None:
         b = e.builder
         ones = ir.Constant(e.ints, [0x01010101] * e.width)
-        for first in range(0, columns, e.width):
+        parts = [e.index(first * 4) for first in range(0, columns, e.width)]
 
-            def step(k: Value, state: State, first: int = first) -> State:
-                bytes_of_b = e.load_raw(b.add(e.offset(panel, k, columns * 4), e.index(first * 4)), e.ints, 4)
-                return [int8_fours(e, state[0], ones, bytes_of_b)]
+        def step(k: Value, state: State) -> State:
+            row = e.offset(panel, k, columns * 4)
+            words_of_b = [e.load_raw(b.add(row, part), e.ints, 4) for part in parts]
+            return [int8_fours(e, total, ones, word) for total, word in zip(state, words_of_b, strict=True)]
 
-            _, sums = e.loop(e.index(0), words, 1, [ir.Constant(e.ints, [0] * e.width)], step)
-            e.store_raw(b.shl(sums[0], e.int_splat(7)), b.add(target, e.index(first * 4)), 4)
+        _, sums = e.loop(e.index(0), words, 1, [ir.Constant(e.ints, [0] * e.width)] * len(parts), step)
+        for part, total in zip(parts, sums, strict=True):
+            e.store_raw(b.neg(b.shl(total, e.int_splat(7))), b.add(target, part), 4)
 
     return intrinsic([types.int64] * 3, emit)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from llvmlite import ir
 from numba.core import types
 
 from rooftune.kernels.common.numba import ITEM, Chunk, Emit, State, Value, intrinsic
 from rooftune.kernels.common.numba_cpu import vector_width
+from rooftune.kernels.common.numba_tile import WORD, Format, flipped, multiply_add, words_at
 
 SUMS = {16: 24, 8: 12, 4: 12}  # vectors of sums that leave registers for the operands, by lanes
 # rows of b read side by side: a Xeon reads 4096 x 4096 in fp32 at 9.7 GB/s by one, 11.8 by 2, 13.2 by 4, 14 by 8 to 24
@@ -47,5 +49,61 @@ def dots(dtype: str, rows: int, group: int, columns: int) -> Any:
         for i in range(rows):
             for j in range(group):
                 e.store_raw(e.total(sums[i * group + j]), b.add(c, e.index((i * columns + j) * 4)), 4)
+
+    return intrinsic([types.int64] * 5, emit)
+
+
+@cache
+def word_dots(form: Format, rows: int, group: int, columns: int) -> Any:
+    """Numba function (a, b, c, k, valid): c = a b^T for `rows` rows of a and `group` rows of b, in words of a format.
+
+    a: rows of words, one behind the other, as `pack` leaves them; b: [..., k] as it lies, of which rows from `valid` on
+    are not read (the last valid one again); c: accumulators, `columns` a row. k: at least a vector of words. For the
+    instruction that takes unsigned bytes, 128 is added to b, and 128 times the sum of a's row taken off at the end.
+    """
+
+    def emit(e: Emit, a: Value, b_rows: Value, c: Value, k: Value, valid: Value) -> None:
+        b, last, madd = e.builder, e.builder.sub(valid, e.index(1)), multiply_add(e, form)
+        steps, each, bits = form.steps, WORD // form.steps, 32 // form.steps
+        long = b.mul(b.sdiv(b.add(k, e.index(steps - 1)), e.index(steps)), e.index(WORD))
+        left = [b.add(a, b.mul(long, e.index(i))) for i in range(rows)]
+        own = [b.select(b.icmp_signed("<", e.index(j), last), e.index(j), last) for j in range(group)]
+        right = [e.offset(b_rows, b.mul(j, k), ITEM[form.dtype]) for j in own]
+        ones = ir.Constant(e.ints, [0x01010101] * e.width)
+
+        def step(at: Value, sums: State, mask: Value | None = None) -> State:
+            def only_new(word: Value) -> Value:
+                return word if mask is None else b.and_(word, mask)
+
+            y = [only_new(words_at(e, form, e.offset(row, at, ITEM[form.dtype]))) for row in right]
+            y = [flipped(e, word) if form.unsigned_a else word for word in y]
+            x = [only_new(e.load_raw(e.offset(row, at, each), e.ints, each)) for row in left]
+            out = [madd(y[j], x[i], sums[i * group + j]) for i in range(rows) for j in range(group)]
+            extra = sums[rows * group :]
+            return [*out, *(madd(ones, word, total) for word, total in zip(x, extra, strict=False))]
+
+        kind = e.vector if form.accumulator == "fp32" else e.ints
+        zero, wide = ir.Constant(kind, [0.0 if kind is e.vector else 0] * e.width), e.width * steps
+        count = rows * group + rows * form.unsigned_a
+        at, sums = e.loop(e.index(0), k, wide, [zero] * count, step)
+        rest, elements = b.sub(k, at), ir.VectorType(ir.IntType(bits), wide)
+
+        def tail() -> State:
+            """The last vector of the row, without what was seen."""
+            lanes = ir.VectorType(ir.IntType(16), wide)
+            seen = e.broadcast(b.trunc(b.sub(e.index(wide), rest), ir.IntType(16)), wide)
+            new = b.icmp_signed(">=", ir.Constant(lanes, list(range(wide))), seen)
+            mask = b.bitcast(b.sext(new, elements), e.ints)
+            return step(b.sub(k, e.index(wide)), sums, mask)
+
+        sums = e.branch(b.icmp_signed(">", rest, e.index(0)), tail, lambda: sums)
+        add = b.fadd if kind is e.vector else b.add
+        totals = [e.reduce(value, add) for value in sums]
+        for i in range(rows):
+            for j in range(group):
+                value = totals[i * group + j]
+                if form.unsigned_a:
+                    value = b.sub(value, b.shl(totals[rows * group + i], ir.Constant(ir.IntType(32), 7)))
+                e.store_raw(value, b.add(c, e.index((i * columns + j) * WORD)), WORD)
 
     return intrinsic([types.int64] * 5, emit)

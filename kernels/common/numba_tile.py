@@ -77,7 +77,21 @@ def join(e: Emit, form: Format, parts: State) -> Value:
     return word
 
 
-def _words(e: Emit, form: Format, address: Value) -> Value:
+def zipped(e: Emit, parts: State) -> Value:
+    """Vectors of 2 or 4 steps of k as one of words, the first step in the low bits: bytes become pairs, pairs words, as
+    one shuffle does what widening, shifting and joining take five instructions for."""
+    b, parts = e.builder, list(parts)
+    while len(parts) > 1:
+        kind, pairs = parts[0].type, zip(parts[::2], parts[1::2], strict=True)
+        order = ir.Constant(
+            ir.VectorType(I32, 2 * kind.count), [i // 2 + i % 2 * kind.count for i in range(2 * kind.count)]
+        )
+        double = ir.VectorType(ir.IntType(2 * kind.element.width), kind.count)
+        parts = [b.bitcast(b.shuffle_vector(x, y, order), double) for x, y in pairs]
+    return parts[0]
+
+
+def words_at(e: Emit, form: Format, address: Value) -> Value:
     """A vector of words whose steps of k lie side by side in memory."""
     b, item, kind = e.builder, ITEM[form.dtype], STORED[form.dtype]
     if form.raw:
@@ -88,7 +102,7 @@ def _words(e: Emit, form: Format, address: Value) -> Value:
     return b.bitcast(b.sext(value, ir.VectorType(I16, e.width * form.steps)), e.ints)
 
 
-def _flip(e: Emit, word: Value) -> Value:
+def flipped(e: Emit, word: Value) -> Value:
     """Add 128 to each of the four bytes."""
     mask = ir.Constant(I32, 0x80808080)
     count = word.type.count if isinstance(word.type, ir.VectorType) else 0
@@ -136,7 +150,7 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False, deep: int =
             return e.offset(source, b.add(b.mul(row, stride), column), item)
 
         def finish(word: Value) -> Value:
-            return _flip(e, word) if flip else word
+            return flipped(e, word) if flip else word
 
         def place(word: Value, i: Value) -> Value:
             return e.offset(target, b.add(b.mul(word, e.index(size)), i), WORD)
@@ -162,9 +176,14 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False, deep: int =
             """One word of every lane; the lanes lie side by side in memory."""
             j = b.mul(word, e.index(form.steps))
             vector = ir.VectorType(kind, size)
-            rows = [e.load_raw(address(e.index(0), b.add(j, e.index(s))), vector, item) for s in range(form.steps)]
-            value = finish(join(e, form, [element(e, form, row) for row in rows]))
-            e.store_raw(value, place(word, e.index(0)), WORD)
+            places = [address(e.index(0), b.add(j, e.index(s))) for s in range(form.steps)]
+            rows = [e.load_raw(there, vector, item) for there in places]
+            if size * item >= LINE:  # the next panel's lines, which lie a row of memory apart: no prefetcher guesses it
+                for there in places:
+                    e.prefetch(b.add(there, e.index(2 * LINE)))
+            as_they_lie = form.raw and form.steps > 1
+            value = zipped(e, rows) if as_they_lie else join(e, form, [element(e, form, row) for row in rows])
+            e.store_raw(finish(value), place(word, e.index(0)), WORD)
             return []
 
         def square(word: Value, _: State) -> State:
@@ -173,7 +192,7 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False, deep: int =
             for first in range(0, size, e.width):
                 lanes = min(e.width, size - first)
                 places = [address(clamp(e.index(i)), j) for i in range(first, first + lanes)]
-                rows = [finish(_words(e, form, place)) for place in places]
+                rows = [finish(words_at(e, form, place)) for place in places]
                 rows += [rows[-1]] * (e.width - lanes)
                 for step, row in enumerate(transpose(e, rows)):
                     if lanes < e.width:
@@ -231,18 +250,23 @@ def multiply_add(e: Emit, form: Format) -> Callable[[Value, Value, Value], Value
 
 
 @cache
-def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1, direct: str = "") -> Any:
-    """Numba function (a, b, c, words, add[, stride]): c (+)= a b on one register tile.
+def tile(
+    form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1, direct: str = "", placed: bool = False
+) -> Any:
+    """Numba function (a, b, c, words, add[, stride][, apart, first, past]): c (+)= a b on one register tile.
 
     a: packed [words][panel], of which `rows` from the address on are multiplied; b: packed [words][columns];
     c: [rows][columns] of accumulators, added to if `add` is not 0. `panel` is `rows` unless given; `unroll`
     steps of k are one round of the loop. `direct`: b is not packed but lies in memory in this precision,
-    rows `stride` bytes apart.
+    rows `stride` bytes apart. `placed`: rows of c lie `apart` bytes from each other, and where c is not added to,
+    every row begins with the `columns` accumulators at the address `first` (0: with zeros); if `past` is not 0, c is
+    aligned to LINE and written past the caches.
     """
 
-    def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value, *stride: Value) -> None:
+    def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value, *more: Value) -> None:
         b, vectors = e.builder, columns // e.width
-        apart = stride[0] if direct else e.index(columns * WORD)
+        apart = more[0] if direct else e.index(columns * WORD)
+        between = more[-3] if placed else e.index(columns * WORD)
 
         def operand(base: Value, v: int) -> Value:
             if direct:
@@ -252,13 +276,20 @@ def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1,
         kind = e.vector if form.accumulator == "fp32" else e.ints
         madd = multiply_add(e, form)
         starts = [b.add(a, e.index(i * WORD)) for i in range(rows)]
-        places = [[b.add(c, e.index((i * columns + v * e.width) * WORD)) for v in range(vectors)] for i in range(rows)]
-        flat = [place for row in places for place in row]
+        heads = [b.add(c, b.mul(between, e.index(i))) for i in range(rows)]
+        flat = [b.add(head, e.index(v * e.width * WORD)) for head in heads for v in range(vectors)]
         zero = ir.Constant(kind, [0.0 if kind is e.vector else 0] * e.width)
+
+        def afresh() -> State:
+            def given() -> State:
+                return [e.load_raw(b.add(more[-2], e.index(v * e.width * WORD)), kind, WORD) for v in range(vectors)]
+
+            nothing: State = [zero] * vectors
+            row = e.branch(b.icmp_signed("!=", more[-2], e.index(0)), given, lambda: nothing) if placed else nothing
+            return [*row] * rows
+
         start = e.branch(
-            b.icmp_signed("!=", add, e.index(0)),
-            lambda: [e.load_raw(place, kind, WORD) for place in flat],
-            lambda: [zero] * len(flat),
+            b.icmp_signed("!=", add, e.index(0)), lambda: [e.load_raw(place, kind, WORD) for place in flat], afresh
         )
 
         def step(k: Value, sums: list[Value]) -> State:
@@ -279,10 +310,18 @@ def tile(form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1,
         done, sums = e.loop(e.index(0), words, unroll, start, several)
         if unroll > 1:
             _, sums = e.loop(done, words, 1, sums, step)
-        for place, value in zip(flat, sums, strict=True):
-            e.store_raw(value, place, WORD)
 
-    return intrinsic([types.int64] * (6 if direct else 5), emit)
+        def write(past: bool) -> State:
+            for place, value in zip(flat, sums, strict=True):
+                e.store_raw(value, place, e.width * WORD if past else WORD, past)
+            return []
+
+        if placed:
+            e.branch(b.icmp_signed("!=", more[-1], e.index(0)), lambda: write(True), lambda: write(False))
+        else:
+            write(False)
+
+    return intrinsic([types.int64] * (5 + bool(direct) + 3 * placed), emit)
 
 
 @cache

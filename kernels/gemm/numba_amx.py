@@ -121,7 +121,6 @@ def compiled(dtype: str, transpose: str, epilogue: str, rows: int, columns: int)
                                 min(rows, m - i * rows),
                                 min(columns, n - j * columns),
                                 bias + (i * rows_added * n + j * columns) * item,
-                                0,
                             )
         leave()
 

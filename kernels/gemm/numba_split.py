@@ -176,7 +176,7 @@ def compiled(parts: str, transpose: str, epilogue: str, rows: int, columns: int,
                                 from_b = b + j * columns * (k if b_along_k else 1) * 4
                                 repair(from_a, from_b, place, inside, width, stride_a, stride_b, k, spare + SPARE)
                             added = bias + (i * rows_added * n + j * columns) * 4
-                            end(place, target, n, inside, width, added, 0)
+                            end(place, target, n, inside, width, added)
         leave()
 
     return product

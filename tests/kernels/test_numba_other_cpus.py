@@ -41,6 +41,11 @@ GEMMS = (  # CPUs, precision, transpose, epilogue, tile, config; a tile takes lo
     ("avx2 generic", "int8", "nn", "none", 1, {**PACKED, "multiply": "widen"}),  # pmaddwd, or a word a number
     ("avx512", "bf16", "nn", "none", 1, DIRECT),
     ("avx512 generic", "fp32", "nt", "none", 1, DIRECT),
+    ("avx512", "int8", "nt", "none", 5, {**DIRECT, "multiply": "dot"}),
+    ("avx512", "bf16", "tt", "bias_relu", 5, {**DIRECT, "multiply": "dot"}),
+    ("avx2 generic", "int8", "nt", "none", 2, DIRECT),
+    ("avx512", "int8", "nn", "none", 5, {**PACKED, "multiply": "dot", "read_b": "late", "block_k": 256}),
+    ("avx512", "bf16", "nt", "residual", 3, {**PACKED, "multiply": "dot", "read_b": "late", "block_k": 256}),
 )
 
 
@@ -206,9 +211,12 @@ def run_vectors(name: str) -> None:
         if name in cpus.split():
             flags = {"transpose": transpose, "epilogue": epilogue}
             tiles = registry.impl("gemm/numba").load().SPACE.axes["tile"]
+            least = 0 if config["read_b"] != "direct" or precision == "fp32" else 64  # numbers of k that fill a vector
             problems = shapes.drawn(
                 SHAPES,
-                lambda size, p=precision, f=flags: Problem.make("gemm", p, f, m=size(), n=size(), k=size()),
+                lambda size, p=precision, f=flags, more=least: Problem.make(
+                    "gemm", p, f, m=size(), n=size(), k=more + size()
+                ),
             )
             changed: Config = {**config, "tile": tiles[tile]}
             shapes.race_shapes(problems, lambda problem, changed=changed: changed)
@@ -234,6 +242,8 @@ def run_vectors(name: str) -> None:
         for value in special.VALUES:
             product = "gemm[m=33,n=70,k=90,bf16]"
             special.agree(product, {**PACKED, "tile": "4x64", "multiply": "dot"}, special._product, value)
+            product = "gemm[m=5,n=70,k=90,transpose=nt,bf16]"  # a row's last vector has seen 6 of its 32 numbers
+            special.agree(product, {**DIRECT, "tile": "4x64", "multiply": "dot"}, special._product, value)
             for change in (special._queries, special._keys, special._values):
                 special.agree(f"{special.HEADS},bf16]", heads, change, value)
 

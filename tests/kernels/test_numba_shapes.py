@@ -101,14 +101,21 @@ PATHS = [
     ("int8", "tt", {"read_b": "packed", "tile": 1, "block_k": 64, "prefetch": "none", "multiply": "widen"}),
     ("bf16", "nn", {"read_b": "direct", "tile": 1, "block_k": 8}),
     ("fp32", "nt", {"read_b": "direct", "tile": 1, "block_k": 8}),
+    ("int8", "tt", {"read_b": "direct", "tile": 2, "block_k": 8}),
+    ("fp32", "tn", {"read_b": "late", "tile": 0, "block_k": 256, "prefetch": "next"}),
+    ("bf16", "nt", {"read_b": "late", "tile": 1, "block_k": 256, "prefetch": "none"}),
 ]
+PATH_NAMES = ["packed", "int8", "direct", "dots", "words", "late", "late along k"]
 
 
-@pytest.mark.parametrize(("precision", "transpose", "config"), PATHS, ids=["packed", "int8", "direct", "dots"])
+@pytest.mark.parametrize(("precision", "transpose", "config"), PATHS, ids=PATH_NAMES)
 def test_gemm(precision: str, transpose: str, config: Config) -> None:
     tiles = registry.impl("gemm/numba").load().SPACE.axes["tile"]
     flags = {"transpose": transpose}
-    problems = drawn(SHAPES // 4, lambda size: Problem.make("gemm", precision, flags, m=size(), n=size(), k=size()))
+    least = 64 if precision == "int8" and config["read_b"] == "direct" else 0  # numbers of k that fill a vector
+    problems = drawn(
+        SHAPES // 4, lambda size: Problem.make("gemm", precision, flags, m=size(), n=size(), k=least + size())
+    )
     fixed = {"block_m": 168, "unroll": 1, "prefetch": "next", "multiply": "widen"}
     race_shapes(problems, lambda problem: {**fixed, **config, "tile": tiles[config["tile"]]})
 

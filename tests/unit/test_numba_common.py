@@ -156,6 +156,33 @@ def test_packed_panels_multiply_to_the_product(dtype: str, dot: bool, along_k: b
     np.testing.assert_allclose(sums[:valid], want.numpy(), rtol=0, atol=0 if dtype == "int8" else 2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "dot"), [("fp32", False), ("int8", False)])
+@pytest.mark.parametrize("past", [False, True])
+def test_a_tile_is_placed_between_what_is_there(dtype: str, dot: bool, past: bool) -> None:
+    form, lanes, k = tiles.format_of(dtype, dot), cpu.vector_width(), 24
+    rows, columns, words = 3, 2 * lanes, -(-k // form.steps)
+    kind = np.int32 if dtype == "int8" else np.float32
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randint(-9, 9, (rows, k), generator=generator).to(torch.int8 if dtype == "int8" else torch.float32)
+    b = torch.randint(-9, 9, (k, columns), generator=generator).to(a.dtype)
+    a_pack, b_pack = np.zeros((rows, words), np.int32), np.zeros((columns, words), np.int32)
+    compiled(tiles.pack(form, rows, True), 5)(a.data_ptr(), a_pack, rows, k, k)
+    compiled(tiles.pack(form, columns, False), 5)(b.data_ptr(), b_pack, columns, columns, k)
+    space = np.full(5 * columns * rows + 16, 7, kind)
+    out = space[-space.ctypes.data % 64 // 4 :][: 5 * columns * rows].reshape(rows, 5 * columns)  # begins with a line
+    first = np.arange(columns).astype(kind)
+    multiply = compiled(tiles.tile(form, rows, columns, placed=True), 8)
+    multiply(a_pack, b_pack, out[:, columns:], words, 0, 5 * columns * 4, first.ctypes.data, past)
+    want = (a.double() @ b.double()).numpy() + first
+    assert (out[:, columns : 2 * columns] == want).all()
+    assert (out[:, :columns] == 7).all()
+    assert (out[:, 2 * columns :] == 7).all()
+    multiply(a_pack, b_pack, out[:, columns:], words, 0, 5 * columns * 4, 0, past)
+    assert (out[:, columns : 2 * columns] == want - first).all()
+    multiply(a_pack, b_pack, out[:, columns:], words, 1, 5 * columns * 4, first.ctypes.data, past)
+    assert (out[:, columns : 2 * columns] == 2 * (want - first)).all()
+
+
 def words_of(rng: np.random.Generator, special: bool) -> tuple[np.ndarray, np.ndarray]:
     """Words of two bf16, and the same as fp32 [words, (upper, lower)]; special: with NaN, infinities, subnormals."""
     halves = (rng.standard_normal((64, 2)).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
