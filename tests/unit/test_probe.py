@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rooftune import probe, probe_cpu, probe_cuda
+from rooftune import probe, probe_cpu, probe_cuda, probe_registers
 from rooftune.core import UsageError
 from rooftune.datasheet import promised
 
@@ -103,10 +103,24 @@ def test_cpu_ceilings_are_complete_and_plain_data(monkeypatch: pytest.MonkeyPatc
         assert found["matrix"][precision]["value"]
     for made in found["tiles"].values():  # not one against the other: between them a shared core may change its pace
         assert made["value"] is None or made["value"] > found["vector"]["fp32"]["value"]
+    assert set(found["vector"]) == {"fp32", "bf16", "int8"}
     assert found["matrix"]["int8"]["value"] >= 2 * (found["vector"]["fp32"]["value"] or 0)
     assert found["matrix"]["fp16"]["value"] >= max(
         found["matrix"]["fp32"]["value"], found["vector"]["fp32"]["value"] or 0
     )
+
+
+def test_a_streamed_copy_moves_every_byte() -> None:
+    torch = pytest.importorskip("torch")
+    copy = probe_registers.streamed_copy()
+    if copy is None:
+        pytest.skip(f"no streamed copy: {probe_registers.no_numba()}")
+    size = 5 * probe_registers.GRAIN
+    source = torch.arange(size, dtype=torch.int64).to(torch.uint8)
+    target = torch.zeros(size + probe_registers.GRAIN, dtype=torch.uint8)
+    copy(target.data_ptr(), source.data_ptr(), size)
+    assert torch.equal(target[:size], source)
+    assert not target[size:].any()
 
 
 def test_every_gpu_product_is_a_right_call() -> None:
