@@ -12,7 +12,7 @@ from numba import types
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
 from rooftune.kernels.common.numba import F32, ITEM, LINE, Chunk, Emit, State, Value, intrinsic, threads
-from rooftune.kernels.common.numba_cpu import require, vector_width
+from rooftune.kernels.common.numba_cpu import require, vector_width, zen
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
 from rooftune.kernels.layernorm import EPS
 
@@ -27,8 +27,10 @@ SHORT = 512  # columns of a row whose sums across lanes take longer than its vis
 def _default(problem: Problem) -> Config:
     large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
     short, near = problem["n"] <= SHORT, 4 * problem["n"] * ITEM[problem.precision] <= NEAR
-    # beyond the caches 1.16 to 1.24 times as fast, at 256 columns 0.94; CPUs with narrower vectors were not measured
-    abreast = large and not short and near and _lines(problem) and vector_width() == 16
+    # beyond the caches 1.16 to 1.24 times as fast on a Xeon, at 256 columns 0.94; on Zen 4 1.1 to 1.15 at 1024 columns,
+    # 0.7 to 1.0 at 4096; CPUs with narrower vectors were not measured
+    far = zen() and problem["n"] > 2048
+    abreast = large and not short and not far and near and _lines(problem) and vector_width() == 16
     return {
         "unroll": 2 if short or abreast else 8,
         "rows": 4 if short or abreast else 1,

@@ -11,7 +11,7 @@ from numba import types
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
 from rooftune.kernels.common.numba import ITEM, LOG2E, Chunk, Emit, State, Value, intrinsic, threads
-from rooftune.kernels.common.numba_cpu import require, vector_width
+from rooftune.kernels.common.numba_cpu import require, vector_width, zen
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel, slots
 
 DEVICES = ("cpu",)
@@ -28,11 +28,11 @@ def _default(problem: Problem) -> Config:
     if large and vector_width() == 16:
         # few columns: 16 lanes have fewer sums to hide, and several rows streamed at once keep half-filled lines
         # waiting (1.68x of torch at 4096x256 where one row at a time is 2.03x); many of fp32: four streams of memory
-        # are 1.05 to 1.11 times as fast (bf16 0.98)
-        near = problem.precision == "fp32" and 16 * problem["n"] <= NEAR
+        # are 1.05 to 1.11 times as fast on a Xeon (bf16 0.98), 0.8 on Zen 4
+        near = problem.precision == "fp32" and 16 * problem["n"] <= NEAR and not zen()
         several = problem["n"] > 256 and (short or near)
     return {
-        "unroll": 2 if several or short else 8,
+        "unroll": 2 if several or short else 4 if large and zen() else 8,
         "rows": 4 if several else 1,
         "tasks_per_thread": 4,  # what a slow thread leaves is taken over; 1, 2, 4 and 8 are equal on two even cores
         "exponentials": "keep",
