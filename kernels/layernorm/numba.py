@@ -27,7 +27,7 @@ SHORT = 512  # columns of a row whose sums across lanes take longer than its vis
 def _default(problem: Problem) -> Config:
     large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
     short, near = problem["n"] <= SHORT, 4 * problem["n"] * ITEM[problem.precision] <= NEAR
-    # beyond the caches 1.16 to 1.24 times as fast on a Xeon, at 256 columns 0.94; on Zen 4 1.1 to 1.15 at 1024 columns,
+    # beyond the caches 1.16 to 1.24 times as fast on a Xeon, at 256 columns 0.94; on Zen 4 0.9 to 1.07 at 1024 columns,
     # 0.7 to 1.0 at 4096; CPUs with narrower vectors were not measured
     far = zen() and problem["n"] > 2048
     abreast = large and not short and not far and near and _lines(problem) and vector_width() == 16
