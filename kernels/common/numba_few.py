@@ -36,14 +36,14 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
     """Packing, and one of `parts` of the columns: all rows of a against b where it lies, each number of which is
     read from memory once.
 
-    b along k: dot products of rows. Otherwise `depth` rows of b at a time, line by line, added to all sums;
-    only the last panel is packed, where n does not fill it.
+    b along k: dot products of rows. Otherwise `depth` rows of b at a time, line by line, added to all sums; the last
+    panel holds the last columns, some of the one before once more. Only where n does not fill one it is packed.
     """
     a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
     fp32, group, arguments = Format("fp32", 1), columns_at_once(rows, columns), arguments_of(*ARGUMENTS)
     words = form.steps > 1 or form.accumulator == "int32"
     pack_a, pack_b = pack(form, 1 if b_along_k else rows, a_along_k), pack(form, columns, False)
-    multiply, last = tile(fp32, rows, columns, direct=form.dtype), tile(fp32, rows, columns)
+    multiply, packed = tile(fp32, rows, columns, direct=form.dtype), tile(fp32, rows, columns)
     inner = word_dots(form, rows, group, columns) if words else dots(form.dtype, rows, group, columns)
     end, item, steps = finish(form, columns, epilogue), ITEM[form.dtype], form.steps
     out_item = 4 if form.accumulator == "int32" else item
@@ -58,14 +58,13 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
             first = min(i * tall, m - 1)
             source = a + first * (k if a_along_k else 1) * item
             pack_a(source, a_pack + i * tall * row, min(tall, m - first), k if a_along_k else m, k)
-        if not b_along_k and n % columns > 0:
-            pack_b(b + n // columns * columns * item, b_pack, n % columns, n, k)
+        if not b_along_k and n < columns:
+            pack_b(b, b_pack, n, n, k)
 
     @job
     def product(given, part, _):  # type: ignore[no-untyped-def]
         _, b, bias, out, a_pack, b_pack, sums, m, n, k, depth, parts = arguments(given)
         a_panels, b_panels = (m + rows - 1) // rows, (n + columns - 1) // columns
-        ragged = not b_along_k and n % columns > 0
         from_panel, to_panel = part * b_panels // parts, (part + 1) * b_panels // parts
         own, row = sums + from_panel * a_panels * area, (k + steps - 1) // steps * 4
         if b_along_k:
@@ -83,19 +82,21 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
                     for i in range(a_panels):
                         left = a_pack + (i * k + w) * rows * 4
                         place = own + ((j - from_panel) * a_panels + i) * area
-                        if ragged and j == b_panels - 1:
-                            last(left, b_pack + w * columns * 4, place, some, w)
+                        if n < columns:
+                            packed(left, b_pack + w * columns * 4, place, some, w)
                         else:
-                            multiply(left, b + (w * n + j * columns) * item, place, some, w, n * item)
+                            first = min(j * columns, n - columns)
+                            multiply(left, b + (w * n + first) * item, place, some, w, n * item)
         for j in range(from_panel, to_panel):
+            first = j * columns if b_along_k else min(j * columns, max(n - columns, 0))
             for i in range(a_panels):
                 end(
                     own + ((j - from_panel) * a_panels + i) * area,
-                    out + (i * rows * n + j * columns) * out_item,
+                    out + (i * rows * n + first) * out_item,
                     n,
                     min(rows, m - i * rows),
-                    min(columns, n - j * columns),
-                    bias + (i * rows_added * n + j * columns) * item,
+                    min(columns, n - first),
+                    bias + (i * rows_added * n + first) * item,
                 )
 
     return packing, product
