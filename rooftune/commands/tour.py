@@ -86,8 +86,9 @@ def tour(chosen: argparse.Namespace) -> ExitCode:
 
 
 def _ceilings(session: Session, console: Any) -> None:
-    """The measured roof: rates of torch's products, and of AMX's tiles where there are any."""
-    for kind, label in (("matrix", "measured matrix rates"), ("tiles", "from tile registers (AMX)")):
+    """The measured roof: rates of torch's products, and on a CPU what its registers allow."""
+    labels = ("measured matrix rates", "from vector registers", "from tile registers (AMX)")
+    for kind, label in zip(("matrix", "vector", "tiles"), labels, strict=True):
         entries = sorted(session.ceilings.get(kind, {}).items())
         parts = [
             f"{name} {e['value']:.3g} {e['unit']}" for name, e in entries if isinstance(e, dict) and e.get("value")
