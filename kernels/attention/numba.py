@@ -60,7 +60,7 @@ def _default(problem: Problem) -> Config:
             "query_tiles": 32,
             "multiply": "fixed" if problem["d"] >= numba_scores.LEAST and whole else "amx",
         }
-    zen4 = vector_width() == 16 and zen()  # one FMA a cycle: 8 sums hide its latency; less padding, shorter diagonals
+    zen4 = vector_width() == 16 and zen(4)  # one FMA a cycle: 8 sums hide its latency; less padding, shorter diagonals
     return {
         "tile": "8x16" if zen4 else tiles[-2] if few else tiles[0],  # 1.04 to 1.16 times as fast as 8x48
         "block_k": 128 if vector_width() == 16 else 256,  # 16: 1.02 to 1.04 times as fast; others not measured

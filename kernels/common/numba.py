@@ -197,13 +197,13 @@ class Emit:
             return b.fptrunc(value, ir.VectorType(HALF, self.width))
         if dtype == "fp32":
             return value
-        rounded = b.lshr(self._rounded(value), self.int_splat(16))
+        rounded = b.lshr(self.rounded(value), self.int_splat(16))
         if short_nans:
             return b.trunc(rounded, ir.VectorType(I16, self.width))
         nan = b.fcmp_unordered("uno", value, value)
         return b.trunc(b.select(nan, self.int_splat(0x7FC0), rounded), ir.VectorType(I16, self.width))
 
-    def _rounded(self, value: Value) -> Value:
+    def rounded(self, value: Value) -> Value:
         """Words whose upper halves are the values in bf16; NaNs have no bits to carry."""
         b, bits = self.builder, self.builder.bitcast(value, self.ints)
         odd = b.and_(b.lshr(bits, self.int_splat(16)), self.int_splat(1))
@@ -215,12 +215,6 @@ class Emit:
         return [
             b.bitcast(x, self.vector) for x in (b.shl(bits, self.int_splat(16)), b.and_(bits, self.int_splat(-65536)))
         ]
-
-    def narrow_pairs(self, values: State) -> Value:
-        """Two vectors of fp32 as the bf16 of every 4 bytes, rounded as by `narrow` with `short_nans`."""
-        b, (low, high) = self.builder, (self._rounded(value) for value in values)
-        word = b.or_(b.lshr(low, self.int_splat(16)), b.and_(high, self.int_splat(-65536)))
-        return b.bitcast(word, self.vector)
 
     # -- arithmetic -----------------------------------------------------------
     def splat(self, value: Value | float) -> Value:

@@ -100,9 +100,10 @@ def dot_is_fast(dtype: str) -> bool:
     return dtype == "int8" or zen()
 
 
-def zen() -> bool:
-    """Whether this is one of AMD's Zen (with AVX-512, Zen 4: one FMA and one load of 512 bits a cycle)."""
-    return llvmlite.binding.get_host_cpu_name().startswith("znver")
+def zen(version: int | None = None) -> bool:
+    """Whether this is one of AMD's Zen, or that one (Zen 4: one FMA and one load of 512 bits a cycle; Zen 5: two)."""
+    name = llvmlite.binding.get_host_cpu_name()
+    return name.startswith("znver") if version is None else name == f"znver{version}"
 
 
 def int8_pairs() -> bool:

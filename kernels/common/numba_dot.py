@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from rooftune.kernels.common.numba import I16, Emit, State, Value
+from rooftune.kernels.common.numba import I16, I32, Emit, State, Value
 from rooftune.kernels.common.numba_cpu import PAIRS
 
 SMALLEST = 2.0**-126  # normal number of fp32
@@ -91,3 +91,19 @@ def round_pairs(e: Emit, first: Value, second: Value) -> Value:
     b, half = e.builder, e.int_splat(0x8000)
     low, high = (b.add(b.bitcast(value, e.ints), half) for value in (first, second))
     return b.or_(b.lshr(low, e.int_splat(16)), b.and_(high, e.int_splat(0xFFFF0000)))
+
+
+def nearest_pairs(e: Emit, first: Value, second: Value) -> Value:
+    """Two vectors of fp32 as words of two bf16, the first in the lower halves: to nearest even, a NaN stays one (if it
+    came from bf16 or from arithmetic). `vcvtne2ps2bf16` writes subnormal numbers as 0; what is spelled out keeps them.
+    """
+    b = e.builder
+    if e.width == 16 and "avx512bf16" in e.instructions:
+        halves = ir.VectorType(I16, 2 * e.width)
+        rounded = e.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", halves, (second, first))
+        order = [lane // 2 + e.width * (lane % 2) for lane in range(2 * e.width)]
+        places = ir.Constant(ir.VectorType(I32, 2 * e.width), order)
+        return b.bitcast(b.shuffle_vector(rounded, rounded, places), e.vector)
+    low, high = (e.rounded(value) for value in (first, second))
+    word = b.or_(b.lshr(low, e.int_splat(16)), b.and_(high, e.int_splat(-65536)))
+    return b.bitcast(word, e.vector)

@@ -176,11 +176,7 @@ def pack(form: Format, size: int, along_k: bool, flip: bool = False, deep: int =
             """One word of every lane; the lanes lie side by side in memory."""
             j = b.mul(word, e.index(form.steps))
             vector = ir.VectorType(kind, size)
-            places = [address(e.index(0), b.add(j, e.index(s))) for s in range(form.steps)]
-            rows = [e.load_raw(there, vector, item) for there in places]
-            if size * item >= LINE:  # the next panel's lines, which lie a row of memory apart: no prefetcher guesses it
-                for there in places:
-                    e.prefetch(b.add(there, e.index(2 * LINE)))
+            rows = [e.load_raw(address(e.index(0), b.add(j, e.index(s))), vector, item) for s in range(form.steps)]
             as_they_lie = form.raw and form.steps > 1
             value = zipped(e, rows) if as_they_lie else join(e, form, [element(e, form, row) for row in rows])
             e.store_raw(finish(value), place(word, e.index(0)), WORD)

@@ -12,7 +12,8 @@ from numba import types
 from rooftune.check import Run
 from rooftune.core import Config, Problem, Space
 from rooftune.kernels.common.numba import F32, ITEM, LINE, Chunk, Emit, State, Value, intrinsic, threads
-from rooftune.kernels.common.numba_cpu import require, vector_width, zen
+from rooftune.kernels.common.numba_cpu import dot_formats, dot_is_fast, require, vector_width, zen
+from rooftune.kernels.common.numba_dot import bf16_pairs, nearest_pairs
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
 from rooftune.kernels.layernorm import EPS
 
@@ -71,7 +72,7 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, store: str, ahead:
     result. A one-pass variance would lose 4 digits on rows with a mean of 100 deviations.
 
     `pairs`, of bf16 and an even n: a vector is loaded and stored as words of two, which takes 16 operations on vectors
-    of 16 numbers instead of 23.
+    of 16 numbers instead of 23 (fewer with AVX-512's own for bf16).
     """
     stored = "fp32" if pairs else dtype  # what a row consists of: words, or elements
 
@@ -80,6 +81,9 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, store: str, ahead:
         count = b.sitofp(n, F32)
         n = b.lshr(n, e.index(1)) if pairs else n
         xs, outs = ([e.offset(base, b.mul(n, e.index(r)), ITEM[stored]) for r in every] for base in (x, out))
+
+        # products with 1 add two numbers a word: 1.03 to 1.15 times as fast on Zen 4, where that instruction is fast
+        dots, ones = pairs and "bf16" in dot_formats() and dot_is_fast("bf16"), e.int_splat(0x3F803F80)
 
         def load(chunk: Chunk, base: Value) -> list[Value]:
             return e.widen_pairs(chunk.load(base, stored)) if pairs else [chunk.load(base, stored)]
@@ -93,6 +97,8 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, store: str, ahead:
             return [b.fdiv(e.total(sums), count) for sums in e.row(n, [0.0] * rows, add, unroll)]
 
         def value(chunk: Chunk, r: int, total: Value) -> Value:
+            if dots:
+                return bf16_pairs(e, total, chunk.only_new(chunk.load(xs[r], stored)), ones)
             for part in load(chunk, xs[r]):
                 total = b.fadd(total, chunk.only_new(part))
             return total
@@ -129,7 +135,7 @@ def row_kernel(dtype: str, rms: bool, unroll: int, rows: int, store: str, ahead:
                     values = [b.fmul(*given) for given in zip(values, factors, strict=True)]
                 else:
                     values = [e.fma(*given) for given in zip(values, factors, added, strict=True)]
-                value = e.narrow_pairs(values) if pairs else values[0]
+                value = nearest_pairs(e, *values) if pairs else values[0]
                 chunk.store(value, outs[r], stored, stream, short_nans=True)
             return []
 

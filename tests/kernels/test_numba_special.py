@@ -85,7 +85,9 @@ SHARED = {"block_k": 32, "query_tiles": 2}
 HEADS = "attention[b=1,h=6,hkv=3,sq=37,sk=70,d=20"
 CASES: dict[str, tuple[str, Config, tuple[Change, ...]]] = {
     "softmax": ("softmax[m=9,n=45]", {"rows": 4, "unroll": 2, "store": "stream"}, (_rows,)),
+    "softmax of pairs": ("softmax[m=9,n=46,bf16]", {"rows": 4, "unroll": 1, "store": "stream"}, (_rows,)),
     "layernorm": ("layernorm[m=9,n=45,bf16]", {}, (_rows,)),
+    "layernorm of pairs": ("layernorm[m=9,n=46,bf16]", {}, (_rows,)),
     "rmsnorm": ("layernorm[m=9,n=45,rms]", {}, (_rows,)),
     "product": ("gemm[m=33,n=70,k=90,transpose=nt,epilogue=bias_relu]", PACKED, (_product,)),
     "few rows": ("gemm[m=17,n=70,k=90,bf16]", {**FEW, "block_k": 8}, (_product,)),
@@ -142,3 +144,19 @@ def test_the_number_of_threads_changes_no_bit(name: str) -> None:
         found.append(out)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", [1e4, 1e12, 3e38])
+def test_softmax_of_huge_numbers(size: float, precision: str) -> None:
+    """Where a product with log2(e) has no digits left, or overflows; two largest numbers share a row."""
+    problem = registry.problem(f"softmax[m=5,n=46,{precision}]")
+    op, module = registry.op("softmax"), registry.impl("softmax/numba").load()
+    rows = torch.rand(5, 46, generator=check.generator("cpu", 7)) * 2 - 1
+    rows[:, 11], rows[:3, 30] = 1.0, 1.0
+    rows[4] -= 2.0  # all below 0
+    tensors = [(rows * size).clamp(-size, size).to(getattr(torch, op.output(problem)[1]))]
+    out = torch.empty_like(tensors[0])
+    module.build(problem, module.SPACE.default_for(problem))(out, *tensors)
+    wrong, _ = check.judge(op, problem, out, op.reference(problem, tensors), "huge")
+    assert not wrong, wrong

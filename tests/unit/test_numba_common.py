@@ -239,19 +239,33 @@ def test_dot_products_of_integers_are_exact(width: int, dot: Callable[..., Any])
     np.testing.assert_array_equal(out, want.astype(np.int32))
 
 
-def test_pairs_of_probabilities_are_rounded_to_the_nearest_bf16(width: int) -> None:
-    def pack(e: Any, first: Any, second: Any, _: Any) -> Any:
-        return dots.round_pairs(e, first, e.builder.bitcast(second, e.vector))
+def _pairs(rounding: Callable[..., Any], first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> Any:
+    """The lower and the upper halves of rounded words, as fp32."""
 
+    def pack(e: Any, first: Any, second: Any, _: Any) -> Any:
+        return rounding(e, first, e.builder.bitcast(second, e.vector))
+
+    out = np.empty(64, np.uint32)
+    three_vectors(pack, "fp32")(first, second.view(np.int32), second, out, 64)
+    return [half.astype(np.uint32).view(np.float32) for half in (out << 16, out & 0xFFFF0000)]
+
+
+def test_pairs_of_probabilities_are_rounded_to_the_nearest_bf16(width: int) -> None:
     rng = np.random.default_rng(5)
     values = rng.random((2, 64), np.float32) * 256
     values[:, 0], values[:, 1], values[:, 2] = np.nan, 0, 256
-    out = np.empty(64, np.uint32)
-    first, second = values
-    three_vectors(pack, "fp32")(first, second.view(np.int32), second, out, 64)
-    for value, half in ((first, out << 16), (second, out & 0xFFFF0000)):
-        want = torch.from_numpy(value).bfloat16().float().numpy()
-        np.testing.assert_array_equal(half.astype(np.uint32).view(np.float32), want)
+    for value, half in zip(values, _pairs(dots.round_pairs, *values), strict=True):
+        np.testing.assert_array_equal(half, torch.from_numpy(value).bfloat16().float().numpy())
+
+
+def test_pairs_are_rounded_to_nearest_even(width: int) -> None:
+    rng = np.random.default_rng(6)
+    values = rng.standard_normal((2, 64)).astype(np.float32)
+    values[:, :6] = np.nan, np.inf, -np.inf, -0.0, 3.3961774e38, -3.3961774e38  # the last two round to infinity
+    halves = values.view(np.uint32)  # halfway between two bf16, whose last bit is even, or odd
+    halves[:, 6:8] = 0x3F808000, 0x3F818000
+    for value, half in zip(values, _pairs(dots.nearest_pairs, *values), strict=True):
+        np.testing.assert_array_equal(half, torch.from_numpy(value).bfloat16().float().numpy())
 
 
 def test_a_square_is_transposed(width: int) -> None:
