@@ -21,6 +21,7 @@ import torch
 
 from rooftune import check, registry
 from rooftune.core import Config, Problem
+from rooftune.kernels.common.numba_cpu import dot_formats
 
 SHAPES = 200
 SIZES = (1, 2, 3, 5, 7, 8, 13, 16, 17, 23, 24, 31, 32, 33, 47, 64, 67, 97, 101)
@@ -64,21 +65,26 @@ def drawn(count: int, make: Callable[[Callable[..., int]], Problem]) -> list[Pro
 
 
 def decoded(problem: Problem) -> Config:
-    """Of every code path: queries one by one and two by two, keys of one part and of several."""
+    """Of every code path: queries one by one and two by two, keys of one part and of several, pairs where they may."""
     most = 4 if problem["sk"] >= 4 * 32 else 2 if problem["sk"] >= 2 * 32 else 1
-    return {"block_k": 32, "rows": 1 + problem["sq"] % 2, "num_splits": most if problem["d"] % 2 else 1}
+    rows, splits = 1 + problem["sq"] % 2, most if problem["sk"] % 2 else 1
+    config: Config = {"block_k": 32, "rows": rows, "num_splits": splits, "multiply": "dot"}
+    valid = registry.impl("attention/numba_decode").load().SPACE.valid(config, problem)
+    return config if valid else {**config, "multiply": "widen"}
 
 
 def test_decode() -> None:
-    problems = drawn(SHAPES, attention_shapes("bf16"))
-    assert {(c["rows"], c["num_splits"] > 1) for c in map(decoded, problems)} == {
-        *((rows, split) for rows in (1, 2) for split in (False, True))
+    problems = drawn(SHAPES, attention_shapes("bf16", (1, 3, 8, 20, 32, 33, 34, 64, 80, 126)))
+    kinds = ["widen", "dot"] if "bf16" in dot_formats() else ["widen"]
+    assert {(c["rows"], c["num_splits"] > 1, c["multiply"]) for c in map(decoded, problems)} == {
+        *((rows, split, kind) for rows in (1, 2) for split in (False, True) for kind in kinds)
     }
     race_shapes(problems, decoded, "numba_decode")
 
 
-def test_softmax() -> None:
-    problems = drawn(SHAPES, lambda size: Problem.make("softmax", "fp32", m=size(), n=size()))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_softmax(precision: str) -> None:
+    problems = drawn(SHAPES, lambda size: Problem.make("softmax", precision, m=size(), n=size()))
     race_shapes(problems, lambda problem: {"rows": 4, "unroll": 2, "store": "stream"})  # and one by one: m % 4
 
 
