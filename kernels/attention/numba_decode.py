@@ -60,7 +60,8 @@ ARGUMENTS = (*("int64",) * 13, "float32")
 def compiled(dtype: str, rows: int, block: int, pairs: bool) -> tuple[Job, Job]:
     """Two jobs. The first: the queries that share keys against one part of these; the second: a query's parts."""
     group, item = columns_at_once(rows, block), ITEM[dtype]
-    multiply = word_dots(Format(dtype, 2), rows, group, block) if pairs else dots(dtype, rows, group, block)
+    shape = rows, group, block, False  # the step before has asked for the keys
+    multiply = word_dots(Format(dtype, 2), *shape) if pairs else dots(dtype, *shape)
     softmax, add = weigh(pairs), add_pairs(rows, block) if pairs else add_values(dtype, rows, block)
     start, finish, arguments = begin(), divide(dtype, pairs), arguments_of(*ARGUMENTS)
     copy, one, fetch = convert("fp32"), np.float32(1), touch()

@@ -44,12 +44,19 @@ def store_totals(e: Emit, values: State, place: Value) -> None:
     e.store_raw(b.shuffle_vector(vectors[0], vectors[0], lanes), place, WORD)
 
 
+def fetch_next(e: Emit, rows: State, k: Value, at: Value, item: int) -> None:
+    """Ask for the same place of as many rows behind these, which are read next: no prefetcher follows so many streams.
+    4096 x 4096 beyond the caches, Zen 4: 1.2 times as fast for one row of a, 1.3 to 1.5 times for 16."""
+    for row in rows:
+        e.prefetch(e.offset(row, e.builder.add(at, e.builder.mul(k, e.index(len(rows)))), item))
+
+
 @cache
-def dots(dtype: str, rows: int, group: int, columns: int) -> Any:
+def dots(dtype: str, rows: int, group: int, columns: int, ahead: bool = True) -> Any:
     """Numba function (a, b, c, k, valid): c = a b^T for `rows` rows of a and `group` rows of b.
 
     a: fp32 [rows][k]; b: [..., k] of a precision, of which rows from `valid` on are not read (the last valid
-    one again); c: fp32, `columns` a row.
+    one again); c: fp32, `columns` a row. `ahead`: `fetch_next`.
     """
 
     def emit(e: Emit, a: Value, b_rows: Value, c: Value, k: Value, valid: Value) -> None:
@@ -59,6 +66,8 @@ def dots(dtype: str, rows: int, group: int, columns: int) -> Any:
         right = [e.offset(b_rows, b.mul(j, k), ITEM[dtype]) for j in own]
 
         def step(chunk: Chunk, sums: State) -> State:
+            if ahead:
+                fetch_next(e, right, k, chunk.at, ITEM[dtype])
             y = [chunk.only_new(chunk.load(row, dtype)) for row in right]
             out = []
             for i, row in enumerate(left):
@@ -75,7 +84,7 @@ def dots(dtype: str, rows: int, group: int, columns: int) -> Any:
 
 
 @cache
-def word_dots(form: Format, rows: int, group: int, columns: int) -> Any:
+def word_dots(form: Format, rows: int, group: int, columns: int, ahead: bool = True) -> Any:
     """Numba function (a, b, c, k, valid): c = a b^T for `rows` rows of a and `group` rows of b, in words of a format.
 
     a: rows of words, one behind the other, as `pack` leaves them; b: [..., k] as it lies, of which rows from `valid` on
@@ -96,6 +105,8 @@ def word_dots(form: Format, rows: int, group: int, columns: int) -> Any:
             def only_new(word: Value) -> Value:
                 return word if mask is None else b.and_(word, mask)
 
+            if ahead:
+                fetch_next(e, right, k, at, ITEM[form.dtype])
             y = [only_new(words_at(e, form, e.offset(row, at, ITEM[form.dtype]))) for row in right]
             y = [flipped(e, word) if form.unsigned_a else word for word in y]
             x = [only_new(e.load_raw(e.offset(row, at, each), e.ints, each)) for row in left]
