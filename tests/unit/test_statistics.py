@@ -163,13 +163,6 @@ def test_holm_against_its_definition() -> None:
     assert S.holm([math.nan], 0.05) == [False]
 
 
-def test_geomean() -> None:
-    assert S.geomean([1.0, 4.0]) == 2.0
-    for bad in ([], [0.0], [-1.0, 1.0]):
-        with pytest.raises(UsageError, match="positive"):
-            S.geomean(bad)
-
-
 def test_suite_rounds_show_what_no_cell_shows() -> None:
     rng = np.random.default_rng(10)
     base = [rounds(rng, 11, sd=0.02) for _ in range(40)]
