@@ -1,4 +1,4 @@
-"""Right or wrong, and by how much (measurement.md section 4, C1-C5, C12, C15, C16).
+"""Right or wrong, and by how much.
 
 A kernel runs into an output that is filled with a poison pattern and fenced by guard bands, on fresh
 random inputs that are compared with a pristine copy afterwards; then the *contents* of the same buffers
@@ -312,7 +312,7 @@ def _check_case(op: Op, problem: Problem, run: Run, seed: int, device: str, kind
     where = place(tensors, device)
     figures: dict[str, float] = {}
     for turn in range(2):
-        if turn:  # same pointers, other contents: a result cached by address is stale now (C5)
+        if turn:  # same pointers, other contents: a result cached by address is stale now
             changed = op.inputs(problem, generator(device, seed + 1), device, kind)
             for t, fresh in zip(tensors, changed, strict=True):
                 t.copy_(fresh)

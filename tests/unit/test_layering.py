@@ -1,4 +1,4 @@
-"""Who may import whom (design, section 1), and what the command line may not load."""
+"""Who may import whom, and what the command line may not load."""
 
 from __future__ import annotations
 
