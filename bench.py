@@ -214,15 +214,22 @@ def _variables(verbs: Mapping[str, argparse.ArgumentParser]) -> dict[str, tuple[
     """The one table of environment variables: name -> (what it sets, the verbs that read it)."""
     found = {
         "ROOFTUNE_RESULTS_DIR": ("where runs are stored (default: results/runs)", "all"),
-        "ROOFTUNE_CEILINGS": ("a stored run of this device whose ceilings are used, not measured anew", "run, block"),
+        "ROOFTUNE_CEILINGS": (
+            "a stored run of this device whose ceilings are used, not measured anew",
+            "run, tune, block, check, tour, campaign",
+        ),
         "ROOFTUNE_CACHE_DIR": ("where compiled kernels are kept (default: the user's cache folder)", "all"),
-        "ROOFTUNE_TABLE": ("the file of tuned configs (default: in the folder of runs)", "run, tune, best, block"),
+        "ROOFTUNE_TABLE": (
+            "the file of tuned configs (default: in the folder of runs)",
+            "run, tune, best, export, block, tour",
+        ),
     }
     users: dict[str, list[str]] = {}
     for verb, each in verbs.items():
         for action in each._actions:
             if action.option_strings and action.dest != "help":
                 text = f"{max(action.option_strings, key=len)}: {action.help or ''}".rstrip(": ")
+                text += {list: f" (several: {os.pathsep} between)", bool: " (1: on)"}.get(type(action.default), "")
                 name = f"ROOFTUNE_{action.dest.upper()}"
                 found.setdefault(name, (text, ""))
                 users.setdefault(name, []).append(verb)
@@ -230,15 +237,12 @@ def _variables(verbs: Mapping[str, argparse.ArgumentParser]) -> dict[str, tuple[
 
 
 def _environment_defaults(verb: argparse.ArgumentParser) -> None:
-    """`ROOFTUNE_<FLAG>` sets the default of `--flag`; argparse converts and checks a string default."""
+    """`ROOFTUNE_<FLAG>` sets the default of `--flag`; argparse converts a string default, `_parsed` checks choices."""
     for action in verb._actions:
         value = os.environ.get(f"ROOFTUNE_{action.dest.upper()}")
         if value is None or not action.option_strings or action.dest == "help":
             continue
-        if action.choices is not None and value not in action.choices:
-            raise UsageError(
-                f"ROOFTUNE_{action.dest.upper()}={value}: choose from {', '.join(map(str, action.choices))}"
-            )
+        action.required = False
         if isinstance(action.default, bool):
             action.default = value.lower() in ("1", "yes", "true")
         elif isinstance(action.default, list):
@@ -280,15 +284,19 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
     top = parser()
     chosen, others = top.parse_known_args(arguments)
+    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    verb = verbs.get(chosen.verb or "", top)
     if others:
-        _refuse(top, chosen.verb, others[0].partition("=")[0])
+        _refuse(verb, others[0].partition("=")[0])
+    for action in verb._actions:  # argparse does not check defaults: these came from the environment
+        value = getattr(chosen, action.dest, None)
+        if action.option_strings and action.choices is not None and value not in action.choices:
+            raise UsageError(f"ROOFTUNE_{action.dest.upper()}={value}: choose from {', '.join(action.choices)}")
     return chosen
 
 
-def _refuse(top: Parser, name: str | None, given: str) -> NoReturn:
+def _refuse(verb: argparse.ArgumentParser, given: str) -> NoReturn:
     """Say what was not understood, and what would be."""
-    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
-    verb = verbs.get(name or "", top)
     if given.startswith("-"):
         known = [o for a in verb._actions for o in a.option_strings]
         raise unknown("option", given, known, f"next: {verb.prog} --help")

@@ -174,6 +174,17 @@ def test_the_overview_names_what_is_missing_and_what_to_do_next() -> None:
         assert words in done.stdout
 
 
+def test_a_variable_is_checked_by_the_verb_that_reads_it_and_stands_for_a_required_option() -> None:
+    assert bench("list", ROOFTUNE_FORMAT="github").returncode == ExitCode.OK
+    done = bench("export", "--out", "x", ROOFTUNE_FORMAT="github")  # `check` has it, `export` does not
+    assert done.returncode == ExitCode.USAGE
+    assert "ROOFTUNE_FORMAT=github: choose from package, " in done.stderr
+    done = bench("check", ROOFTUNE_BASELINE="/no/such/run")
+    assert done.returncode == ExitCode.USAGE
+    assert "required" not in done.stderr
+    assert "/no/such/run" in done.stderr
+
+
 def test_the_table_of_environment_variables_is_made_from_the_options() -> None:
     done = bench("doctor", "--environment", ROOFTUNE_ROUNDS="12")
     assert done.returncode == ExitCode.OK, done.stderr
