@@ -260,7 +260,7 @@ class Op:
     summary: str
     dims: tuple[str, ...]
     precisions: tuple[str, ...]
-    bound: str  # "compute" or "memory": which roof a large instance meets, and the unit shown first
+    bound: str  # "compute" or "memory": which roof a large instance meets
     inputs: Callable[..., tuple[Any, ...]]
     output: Callable[[Problem], tuple[tuple[int, ...], str]]
     reference: Callable[..., Reference]
