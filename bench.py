@@ -271,6 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rooftune: interrupted; what was measured is kept", file=sys.stderr)
         return ExitCode.INTERRUPTED
+    except ModuleNotFoundError as error:  # a checkout beside a torch of the user's own
+        package = (error.name or "").partition(".")[0]
+        if verbose or package not in ("numpy", "rich"):
+            raise
+        print(f"rooftune: {package} is not installed; next: pip install {package}", file=sys.stderr)
+        return ExitCode.NOTHING_RAN
     except BrokenPipeError:  # `| head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
