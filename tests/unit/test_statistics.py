@@ -145,6 +145,8 @@ def test_lost_rounds_take_their_partner_out() -> None:
         S.ratio(a, b[:2])
     with pytest.raises(UsageError, match="no round is left"):
         S.ratio([[1.0], []], [[], [1.0]])
+    with pytest.raises(UsageError, match="no round is left"):
+        S.unpaired_ratio([[1.0]], [[]])
 
 
 def test_tie_set() -> None:
@@ -187,6 +189,7 @@ def test_detectable_effect_is_detected() -> None:
     rule = S.detectable_effect(rng.normal(0, sd, 2000), 32, 0.01 / 200)
     assert rule == pytest.approx(1.15 * sd, rel=0.08)
     assert S.detectable_effect([0.1] * 6, alpha=0.01) is None  # 2^-6 is above 0.01
+    assert S.detectable_effect([0.1], 32) is None  # one round has no spread
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.03])
