@@ -165,9 +165,8 @@ def parser() -> Parser:
     )
     block.add_argument("--precision", "--dtype", default="fp32", help="of all tensors: fp32, tf32, fp16, bf16")
     block.add_argument("--batch", type=int, default=1, help="sequences")
-    block.add_argument(
-        "--seq", type=int, default=None, help="tokens of the prefill, or keys of the decode (the model's)"
-    )
+    block.add_argument("--seq", type=int, default=None,
+                       help="tokens (default: the model's, on a CPU 512 at most), or keys of the decode")  # fmt: skip
     block.add_argument("--layers-dim-scale", "--dim-scale", type=int, default=None, dest="dim_scale",
                        help="divide the model's widths by this (default: what runs in seconds here)")  # fmt: skip
     block.add_argument("--energy", action="store_true", help="three windows of 5 s each, where there is a sensor")
