@@ -51,7 +51,7 @@ def _add_race_options(
 
 def _add_device_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, rocm (default: the first GPU, else cpu)")
-    verb.add_argument("--threads", type=int, default=None, help="CPU threads of every competitor")
+    verb.add_argument("--threads", type=int, default=None, help="of a competitor on the CPU (default: all cores)")
 
 
 def _add_output_options(verb: argparse.ArgumentParser, forms: Sequence[str] = ("json", "csv", "md", "junit")) -> None:
@@ -62,7 +62,8 @@ def _add_output_options(verb: argparse.ArgumentParser, forms: Sequence[str] = ("
 
 def _add_gate_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--inconclusive", choices=("fail", "pass"), default="fail", help="pass: exit 0 instead of 3")
-    verb.add_argument("--format", choices=("auto", "text", "github"), default="auto")
+    verb.add_argument("--format", choices=("auto", "text", "github"), default="auto",
+                      help="github: annotations and step summary (auto: where GITHUB_ACTIONS is set)")  # fmt: skip
 
 
 def _add_revision_options(verb: argparse.ArgumentParser) -> None:
@@ -76,6 +77,15 @@ def _add_revision_options(verb: argparse.ArgumentParser) -> None:
     _add_gate_options(verb)
     _add_device_options(verb)
     _add_output_options(verb, ("json", "junit"))
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default that is a number or a word, where the text does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        value, text = action.default, action.help or ""
+        plain = isinstance(value, int | float | str) and not isinstance(value, bool) and value not in ("", "auto")
+        return super()._get_help_string(action) if plain and "default" not in text else text
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,7 +107,7 @@ def parser() -> Parser:
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=text, description=text)
+        return verbs.add_parser(name, help=text, description=text, formatter_class=Help)
 
     verb("list", "operators, competitors, suites and devices: what is here, and why the rest is not")
     doctor = verb("doctor", "the device, the toolchain, the noise, and what to install next")
@@ -138,7 +148,7 @@ def parser() -> Parser:
                       help="replay the search on a recorded tuning (a journal, cache, T4); no device")  # fmt: skip
     tune.add_argument("--max-error", type=float, default=None, help="precisions compete below this error")
     best = verb("best", "what production should use for a problem, and why")
-    best.add_argument("what", nargs="+", metavar="PROBLEM")
+    best.add_argument("what", nargs="+", metavar="PROBLEM", help="such as softmax[m=64,n=512,bf16]")
     _add_device_options(best)
     _add_output_options(best, ("json",))
     export = verb("export", "the winners as a package without rooftune, or recorded tunings in another tool's format")
@@ -150,15 +160,18 @@ def parser() -> Parser:
     _add_device_options(export)
     block = verb("block", "a transformer block from all-torch, one language, and the best mix")
     block.add_argument("--model", default="bert-base", help="transformer-base, bert-base, gpt2, llama3-8b")
-    block.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
-    block.add_argument("--precision", "--dtype", default="fp32")
-    block.add_argument("--batch", type=int, default=1)
-    block.add_argument("--seq", type=int, default=None, help="tokens of the prefill, or keys of the decode")
+    block.add_argument(
+        "--phase", choices=("prefill", "decode"), default="prefill", help="all tokens, or one after many"
+    )
+    block.add_argument("--precision", "--dtype", default="fp32", help="of all tensors: fp32, tf32, fp16, bf16")
+    block.add_argument("--batch", type=int, default=1, help="sequences")
+    block.add_argument("--seq", type=int, default=None,
+                       help="tokens (default: the model's, on a CPU 512 at most), or keys of the decode")  # fmt: skip
     block.add_argument("--layers-dim-scale", "--dim-scale", type=int, default=None, dest="dim_scale",
                        help="divide the model's widths by this (default: what runs in seconds here)")  # fmt: skip
     block.add_argument("--energy", action="store_true", help="three windows of 5 s each, where there is a sensor")
-    block.add_argument("--rounds", type=int, default=10)
-    block.add_argument("--seed", type=int, default=None)
+    block.add_argument("--rounds", type=int, default=10, help="interleaved rounds of whole layers")
+    block.add_argument("--seed", type=int, default=None, help="of data and order (default: drawn, and recorded)")
     _add_device_options(block)
     _add_output_options(block, ("json",))
     report = verb("report", "stored runs again, as tables or for a program; --history: what may have changed")
@@ -175,9 +188,9 @@ def parser() -> Parser:
     _add_race_options(selfcheck)
     _add_revision_options(selfcheck)
     check = verb("check", "measure a stored baseline's cells again: broken, or suspect at most")
-    check.add_argument("--baseline", required=True, metavar="FILE")
+    check.add_argument("--baseline", required=True, metavar="FILE", help="a stored run: id, file, latest~1")
     check.add_argument("--current", metavar="FILE", help="judge this stored run instead of measuring")
-    check.add_argument("--rounds", type=int, default=10)
+    check.add_argument("--rounds", type=int, default=10, help="interleaved rounds (at least 6 for an interval)")
     _add_gate_options(check)
     _add_device_options(check)
     _add_output_options(check, ("json", "junit"))
@@ -214,15 +227,22 @@ def _variables(verbs: Mapping[str, argparse.ArgumentParser]) -> dict[str, tuple[
     """The one table of environment variables: name -> (what it sets, the verbs that read it)."""
     found = {
         "ROOFTUNE_RESULTS_DIR": ("where runs are stored (default: results/runs)", "all"),
-        "ROOFTUNE_CEILINGS": ("a stored run of this device whose ceilings are used, not measured anew", "run, block"),
+        "ROOFTUNE_CEILINGS": (
+            "a stored run of this device whose ceilings are used, not measured anew",
+            "run, tune, block, check, tour, campaign",
+        ),
         "ROOFTUNE_CACHE_DIR": ("where compiled kernels are kept (default: the user's cache folder)", "all"),
-        "ROOFTUNE_TABLE": ("the file of tuned configs (default: in the folder of runs)", "run, tune, best, block"),
+        "ROOFTUNE_TABLE": (
+            "the file of tuned configs (default: in the folder of runs)",
+            "run, tune, best, export, block, tour",
+        ),
     }
     users: dict[str, list[str]] = {}
     for verb, each in verbs.items():
         for action in each._actions:
             if action.option_strings and action.dest != "help":
                 text = f"{max(action.option_strings, key=len)}: {action.help or ''}".rstrip(": ")
+                text += {list: f" (several: {os.pathsep} between)", bool: " (1: on)"}.get(type(action.default), "")
                 name = f"ROOFTUNE_{action.dest.upper()}"
                 found.setdefault(name, (text, ""))
                 users.setdefault(name, []).append(verb)
@@ -230,15 +250,12 @@ def _variables(verbs: Mapping[str, argparse.ArgumentParser]) -> dict[str, tuple[
 
 
 def _environment_defaults(verb: argparse.ArgumentParser) -> None:
-    """`ROOFTUNE_<FLAG>` sets the default of `--flag`; argparse converts and checks a string default."""
+    """`ROOFTUNE_<FLAG>` sets the default of `--flag`; argparse converts a string default, `_parsed` checks choices."""
     for action in verb._actions:
         value = os.environ.get(f"ROOFTUNE_{action.dest.upper()}")
         if value is None or not action.option_strings or action.dest == "help":
             continue
-        if action.choices is not None and value not in action.choices:
-            raise UsageError(
-                f"ROOFTUNE_{action.dest.upper()}={value}: choose from {', '.join(map(str, action.choices))}"
-            )
+        action.required = False
         if isinstance(action.default, bool):
             action.default = value.lower() in ("1", "yes", "true")
         elif isinstance(action.default, list):
@@ -267,6 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rooftune: interrupted; what was measured is kept", file=sys.stderr)
         return ExitCode.INTERRUPTED
+    except ModuleNotFoundError as error:  # a checkout beside a torch of the user's own
+        package = (error.name or "").partition(".")[0]
+        if verbose or package not in ("numpy", "rich"):
+            raise
+        print(f"rooftune: {package} is not installed; next: pip install {package}", file=sys.stderr)
+        return ExitCode.NOTHING_RAN
     except BrokenPipeError:  # `| head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
@@ -280,15 +303,19 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
     top = parser()
     chosen, others = top.parse_known_args(arguments)
+    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    verb = verbs.get(chosen.verb or "", top)
     if others:
-        _refuse(top, chosen.verb, others[0].partition("=")[0])
+        _refuse(verb, others[0].partition("=")[0])
+    for action in verb._actions:  # argparse does not check defaults: these came from the environment
+        value = getattr(chosen, action.dest, None)
+        if action.option_strings and action.choices is not None and value not in action.choices:
+            raise UsageError(f"ROOFTUNE_{action.dest.upper()}={value}: choose from {', '.join(action.choices)}")
     return chosen
 
 
-def _refuse(top: Parser, name: str | None, given: str) -> NoReturn:
+def _refuse(verb: argparse.ArgumentParser, given: str) -> NoReturn:
     """Say what was not understood, and what would be."""
-    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
-    verb = verbs.get(name or "", top)
     if given.startswith("-"):
         known = [o for a in verb._actions for o in a.option_strings]
         raise unknown("option", given, known, f"next: {verb.prog} --help")

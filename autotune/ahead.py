@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from rooftune.autotune.journal import Trial, canonical
 from rooftune.core import Config, Problem, Status
+from rooftune.device_cpu import cores
 from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
 
@@ -61,7 +61,7 @@ class Ahead:
             self.__exit__()
             return self
         self._ended.clear()
-        spare = min(MAX_WORKERS, (os.cpu_count() or 1) - CORES_LEFT)
+        spare = min(MAX_WORKERS, cores() - CORES_LEFT)
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(max(0, spare))]
         for thread in self._threads:
             thread.start()

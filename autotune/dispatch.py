@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rooftune import device as devices
@@ -107,34 +106,16 @@ def _against(record: Record, torch: Record, rivals: int) -> tuple[float, float] 
     return None if record.ratio_ci is None else (record.ratio_ci[0], record.ratio_ci[1])
 
 
-def explain(
-    problem: Problem | str,
-    device: str = "cpu",
-    threads: int | None = None,
-    table: Table | None = None,
-    runs: Sequence[Path] | None = None,
-) -> dict[str, Any]:
-    """What to use on a device and why, as plain data for the `best` verb. See `choose`."""
-    return choose(problem, device, threads, table, runs).as_json()
-
-
-def choose(
-    problem: Problem | str,
-    device: str = "cpu",
-    threads: int | None = None,
-    table: Table | None = None,
-    runs: Sequence[Path] | None = None,
-) -> Choice:
-    """Choose from the newest records of this device and the tuned table.
+def choose(problem: Problem | str, device: str = "cpu", threads: int | None = None) -> Choice:
+    """Choose from the newest records of this device (one's own runs, then the committed ones) and the tuned table.
 
     Args:
         threads: CPU threads the records must have been made with; those of the newest record if not given.
-        runs: run files, newest first; those in the results folder and the committed ones if not given.
     """
     asked = registry.problem(problem)
     found = devices.find(device)
     identity = found.identity()
-    usable, passed_over = _records(asked, identity, threads, runs)
+    usable, passed_over = _records(asked, identity, threads)
     run_it = f'python bench.py run "{asked}" --device {found}'
     torch = min((r for r in usable if _is_baseline(r)), key=lambda r: r.time_s or 0.0, default=None)
     if torch is None:
@@ -145,7 +126,7 @@ def choose(
     base = Candidate(torch.impl, torch.config, "measured", torch.time_s, run=torch.run)
     rivals = [r for r in usable if not _is_baseline(r)]
     field_ = [_measured(r, torch, len(rivals)) for r in rivals]
-    tuned, stale = _tuned(asked, identity, threads or torch.regime.get("threads"), rivals, field_, table or Table())
+    tuned, stale = _tuned(asked, identity, threads or torch.regime.get("threads"), rivals, field_, Table())
     faster = [c for c in (*field_, *tuned) if c.ratio_ci is not None and c.ratio_ci[0] > 1.0]
     use = max(faster, key=lambda c: c.ratio or 0.0, default=base)
     if use is base:
@@ -160,16 +141,13 @@ def choose(
     return Choice(str(asked), str(found), use, [*others, *stale, *passed_over], todo)
 
 
-def _records(
-    problem: Problem, identity: dict[str, Any], threads: int | None, runs: Sequence[Path] | None
-) -> tuple[list[Record], list[Candidate]]:
+def _records(problem: Problem, identity: dict[str, Any], threads: int | None) -> tuple[list[Record], list[Candidate]]:
     """(usable records, newest per competitor and config; those passed over with the reason)."""
     usable: dict[tuple[str, str], Record] = {}
     passed: dict[tuple[str, str], Candidate] = {}
     vetoed: set[tuple[str, str]] = set()
     regime: tuple[Any, ...] | None = None
-    paths = list(runs) if runs is not None else [*store.list_runs(), *store.list_runs(store.REFERENCE)]
-    for path in paths[:MAX_RUNS]:
+    for path in [*store.list_runs(), *store.list_runs(store.REFERENCE)][:MAX_RUNS]:
         try:
             records = store.load_run(path, say=lambda text: None)
         except UsageError:  # not a run, or damaged: `compare` and `report` say what is wrong with it

@@ -23,6 +23,7 @@ from rooftune.core import Config, Evidence, Problem, UsageError
 from rooftune.results import store
 
 NAME = "tuned_kernels"
+OPENING = "Kernels that won on "  # of an export's README: one that begins otherwise is the user's
 PLACES = {"rooftune.autotune.runtime": "runtime", "rooftune.autotune.standalone": "dispatch"}
 
 
@@ -91,6 +92,9 @@ def write(folder: Path, choices: Sequence[Choice], device: devices.Device, threa
     target = folder / name
     if target.exists() and not (target / "table.json").is_file():
         raise UsageError(f"{target} exists and is no export of ours; choose another --out or --name")
+    readme = folder / "README.md"
+    if readme.exists() and not re.match(rf"# \w+\n\n{OPENING}", readme.read_text(encoding="utf-8", errors="replace")):
+        raise UsageError(f"{readme} exists and is no export's; choose another --out")
     package = Package(PLACES)
     package.add("rooftune.autotune.standalone", "call")
     package.add("rooftune.autotune.standalone", "best")
@@ -107,7 +111,7 @@ def write(folder: Path, choices: Sequence[Choice], device: devices.Device, threa
         place = target / path
         place.parent.mkdir(parents=True, exist_ok=True)
         store.atomic_write(place, text)
-    store.atomic_write(folder / "README.md", _readme(table, name, device))
+    store.atomic_write(readme, _readme(table, name, device))
     return target
 
 
@@ -214,7 +218,7 @@ def _readme(table: dict[str, Any], name: str, device: devices.Device) -> str:
     flags = [f"{flag}={True if value == '1' else repr(value)}" for flag, value in form["flags"].items()]
     example = f"{name}.{op}({', '.join([*'abcdefgh'[: len(form['inputs'])], *flags])})"
     return (
-        f"# {name}\n\nKernels that won on {device.name} ({day}). They need torch and the packages in `table.json`, "
+        f"# {name}\n\n{OPENING}{device.name} ({day}). They need torch and the packages in `table.json`, "
         f"nothing else.\n\n```python\nimport {name}\n\nout = {example}\n```\n\n"
         "A kernel runs for exactly the problem it won, on a device of that name, with the packages it was built with; "
         f"anything else runs torch's own call. `{name}.best('{op}', ...).why` says which and why.\n\n"

@@ -1,6 +1,6 @@
 """What runs a chosen kernel in a user's process: tensors are checked, torch's global settings stay the user's.
 
-`bench.py export` writes this module out beside the winners, so it imports `rooftune.core` only.
+`bench.py export` writes this module out beside the winners, so it imports `rooftune.core` and `rooftune.check` only.
 """
 
 from __future__ import annotations

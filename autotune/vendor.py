@@ -155,22 +155,20 @@ class Package:
             self.names[found.name, statement].add(name)
             self.kept[found.name].add(statement)
             for node in statement.imports:
-                self._follow(found, node, {name})
+                self._follow(node, {name})
             return
         if statement in self.kept[found.name]:
             return
         self.kept[found.name].add(statement)
         for node in statement.imports:  # inside a function, or under a condition
-            self._follow(found, node, None, statement)
+            self._follow(node, None, statement)
         for used in statement.bare | set(statement.dotted):
             for binder in found.binders(used):
                 self._keep(found, binder, used)
                 if isinstance(binder.node, ast.ImportFrom):
                     self._members(binder.node, used, statement)
 
-    def _follow(
-        self, found: Source, node: ast.ImportFrom, only: set[str] | None, user: Statement | None = None
-    ) -> None:
+    def _follow(self, node: ast.ImportFrom, only: set[str] | None, user: Statement | None = None) -> None:
         """Names imported from our modules; a module among them is followed where it is used."""
         module = node.module or ""
         for alias in node.names:

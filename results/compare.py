@@ -2,8 +2,8 @@
 
 Rounds of one interleaved session are paired and tested exactly: `slower` and `faster` are then claims with
 an error rate. Two *stored* sessions are not: process, clocks and temperature differ between them by an amount
-that neither contains, so their strongest word is `suspect` (with peers' rules and 1 % between sessions, 57 to
-100 % of the builds of 200 unchanged cells are red; measurement.md 3.2). A wrong result is an error anywhere.
+that neither contains, so their strongest word is `suspect` (simulated: with 1 % between sessions and the rules of
+other tools, 57 to 100 % of the builds of 200 unchanged cells are red). A wrong result is an error anywhere.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Most of a pull request's cells have not changed, so rounds are spent where there is a sign of a change, or where noise
 would hide one. Only rounds taken after the screen decide, hence the chance of a false alarm stays what it says,
-whatever the screen did (measurement.md 3.3).
+whatever the screen did.
 """
 
 from __future__ import annotations

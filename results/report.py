@@ -105,12 +105,8 @@ def name_of(record: Record, short: bool = False) -> str:
     return f"{name} " + " ".join(f"{k}={v}" for k, v in record.config.items())
 
 
-def unit_of(records: Sequence[Record], bounds: Mapping[str, str] | None) -> str:
-    """`TFLOP/s` for compute-bound operators, else `GB/s`; without a mapping from operator to bound, by the
-    arithmetic intensity of what was measured (10 flop a byte)."""
-    bound = (bounds or {}).get(records[0].op)
-    if bound:
-        return "TFLOP/s" if bound == "compute" else "GB/s"
+def unit_of(records: Sequence[Record]) -> str:
+    """`TFLOP/s` where more than 10 operations are done for each byte moved, else `GB/s`."""
     rates = [(r.tflops or 0.0, r.gbps or 0.0) for r in records if r.tflops or r.gbps]
     return "TFLOP/s" if any(tflops * 1e3 > 10 * gbps for tflops, gbps in rates) else "GB/s"
 
@@ -190,15 +186,14 @@ def grouped(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
 def race_table(
     records: Iterable[Record],
     console: Console,
-    bounds: Mapping[str, str] | None = None,
     standing: Mapping[str, str] | None = None,
 ) -> None:
     """One table a problem, of measured results only: fastest first; who was wrong or failed below, with the
-    reason; who was skipped in the lines under it. `bounds`: operator -> "compute" or "memory"; `standing`:
-    competitor -> its best evidence on record, said of those that were skipped."""
+    reason; who was skipped in the lines under it. `standing`: competitor -> its best evidence on record, said of
+    those that were skipped."""
     measured = [r for r in records if r.evidence == Evidence.MEASURED]
     for (device, problem), group in grouped(measured).items():
-        _race(group, console, problem, device, bounds, standing or {})
+        _race(group, console, problem, device, standing or {})
 
 
 def _race(
@@ -206,10 +201,9 @@ def _race(
     console: Console,
     problem: str,
     device: str,
-    bounds: Mapping[str, str] | None,
     standing: Mapping[str, str],
 ) -> None:
-    wide, unit = console.width >= WIDE, unit_of(group, bounds)
+    wide, unit = console.width >= WIDE, unit_of(group)
     timed = sorted((r for r in group if r.time_s is not None), key=lambda r: r.time_s or 0.0)
     lost = [r for r in group if r.time_s is None and r.status != Status.SKIPPED]
     tied = sum(r.tie for r in timed)

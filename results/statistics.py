@@ -196,13 +196,6 @@ def holm(p: Sequence[float], alpha: float) -> list[bool]:
     return rejected
 
 
-def geomean(values: Sequence[float]) -> float:
-    """Geometric mean of positive numbers: the mean for ratios."""
-    if not len(values) or not all(v > 0 for v in values):
-        raise UsageError("a geometric mean needs positive numbers")
-    return math.exp(math.fsum(math.log(v) for v in values) / len(values))
-
-
 def suite_rounds(cells: Sequence[Rounds]) -> list[list[float]]:
     """All cells of a suite as one: per round the geometric mean over cells, an empty round where one lost it.
 

@@ -123,18 +123,6 @@ class Log:
         except OSError as error:
             raise _cannot(f"write {len(line)} bytes to", self.path, error) from error
 
-    def sync(self) -> None:
-        """Force everything to the disk now (after appending with `sync_s`)."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise _cannot("sync", self.path, error) from error
-        self._synced = time.monotonic()
-
     def read(self) -> tuple[list[dict[str, Any]], int]:
         """All whole lines in order, and how many were damaged.
 

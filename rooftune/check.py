@@ -1,4 +1,4 @@
-"""Right or wrong, and by how much (measurement.md section 4, C1-C5, C12, C15, C16).
+"""Right or wrong, and by how much.
 
 A kernel runs into an output that is filled with a poison pattern and fenced by guard bands, on fresh
 random inputs that are compared with a pristine copy afterwards; then the *contents* of the same buffers
@@ -20,12 +20,14 @@ from rooftune.core import PRECISIONS, Op, Problem, Reference, UsageError
 # its users get it: that is then what is checked, and no copy that they do not pay is in its time.
 Run = Callable[..., Any]
 GUARD = 256  # elements on each side of an output: 1 KiB in fp32, more than any vector store overshoots
-WHOLE_FLOPS = 3e8  # above this many operations, or values, the float64 reference is of sampled rows only:
-WHOLE_VALUES = 2**19  # a float64 softmax of 8 M values and its error model take 5 s of a core
+# The float64 reference is of the whole output up to so many operations and values, else of sampled rows: a float64
+# softmax of 8 M values and its error model take 5 s of a core.
+WHOLE_FLOPS, WHOLE_VALUES = 3e8, 2**19
 SAMPLED_ROWS = 48  # at least, and as many as make SAMPLED_VALUES
 SAMPLED_VALUES = 2**17
-DEVICE_VALUES = 2**20  # inputs of more values are compared where they are: 48 float64 rows of a product of 4096 take
-DOUBLES = 24  # a core 0.2 s and the copies. So many bytes a value needs meanwhile: its float64, two results of that
+# Inputs of more values are compared on the GPU they are on: on the host 48 float64 rows of a product of 4096 take a
+# core 0.2 s, and the copies. Meanwhile each needs DOUBLES bytes: its float64 and two results of that size.
+DEVICE_VALUES, DOUBLES = 2**20, 24
 POISON_BYTE = 0xFF  # all ones is a NaN in every float format here, and -1 in the integers
 
 
@@ -312,7 +314,7 @@ def _check_case(op: Op, problem: Problem, run: Run, seed: int, device: str, kind
     where = place(tensors, device)
     figures: dict[str, float] = {}
     for turn in range(2):
-        if turn:  # same pointers, other contents: a result cached by address is stale now (C5)
+        if turn:  # same pointers, other contents: a result cached by address is stale now
             changed = op.inputs(problem, generator(device, seed + 1), device, kind)
             for t, fresh in zip(tensors, changed, strict=True):
                 t.copy_(fresh)
@@ -393,8 +395,6 @@ def check(
             continue  # the competitor says that it does not do this size: not a claim, so not a fault
         verdict = check_case(op, relative, ran, seed + len(cases), device, kind)
         if not verdict.ok:
-            return Verdict(
-                False, f"{relative.shape}: {verdict.reason}", own.rel_fro, own.max_error, own.max_abs, own.rows
-            )
+            return replace(own, ok=False, reason=f"{relative.shape}: {verdict.reason}", deterministic=None, cases=[])
         cases += verdict.cases
-    return Verdict(True, "", own.rel_fro, own.max_error, own.max_abs, own.rows, own.deterministic, cases)
+    return replace(own, cases=cases)

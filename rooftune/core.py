@@ -85,8 +85,7 @@ class Precision:
 
     `u_out` is the unit roundoff of the output format, `u_in` that of any rounding of operands on the
     way in (tf32), `tiny` the largest absolute error that flushing subnormals may cause, `rel_fro`
-    the relative Frobenius error a right kernel stays below (kernels.md section 4: 1.5-2x the pure
-    rounding floor).
+    the relative Frobenius error a right kernel stays below (1.5 to 2 times that of rounding alone).
     """
 
     name: str
@@ -120,7 +119,7 @@ PRECISIONS: dict[str, Precision] = {
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Error model of one problem (measurement.md C12, kernels.md section 4).
+    """Error model of one problem.
 
     A value passes if ``|out - ref| <= c * (u_out*|ref| + u_in*scale_in + u_acc*growth*scale_acc + tiny)``
     with the scales of the operator's `Reference`; on N(0,1) inputs the whole must also have a relative
@@ -247,7 +246,7 @@ class Op:
     (none at all: that kind has no agreed answer on this problem).
     `output(problem)` -> (shape, torch dtype name). `reference(problem, inputs, rows)` -> `Reference`,
     rows being a list of row numbers of the flattened output, or None for all.
-    `flops`, `bytes`: the model work (kernels.md section 3); TFLOP/s, GB/s and the roof derive from it.
+    `flops`, `bytes`: the model work (each operand moved once); TFLOP/s, GB/s and the roof derive from it.
     `ragged(problem)`: small odd-sized relatives for the correctness check. `small(precision)`: sizes
     an emulator finishes in about a second.
     `parts(problem)`: an operator with several results (a backward pass) writes them into the one output,
@@ -261,7 +260,7 @@ class Op:
     summary: str
     dims: tuple[str, ...]
     precisions: tuple[str, ...]
-    bound: str  # "compute" or "memory": which roof a large instance meets, and the unit shown first
+    bound: str  # "compute" or "memory": which roof a large instance meets
     inputs: Callable[..., tuple[Any, ...]]
     output: Callable[[Problem], tuple[tuple[int, ...], str]]
     reference: Callable[..., Reference]

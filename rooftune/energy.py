@@ -15,9 +15,7 @@ from rooftune.core import Unavailable, UsageError
 METHODS = (
     *("counter-aligned", "counter", "instant-integral", "rapl", "amd-counter", "external", "model", "unavailable"),
 )
-CODES = (
-    *("no-sensor", "vm-guest", "no-permission", "mig", "counter-frozen", "window-too-short", "cross-check", "off"),
-)
+CODES = ("no-sensor", "vm-guest", "no-permission", "mig", "counter-frozen", "window-too-short", "off")
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,6 @@ class Energy:
         except (TypeError, ValueError) as error:
             raise UsageError("energy: field 'windows' is not a list of numbers") from error
         return cls(value=None if value is None else float(value), **{k: v for k, v in kept.items() if k != "value"})
-
-    def tflops_per_watt(self, flops: float) -> float | None:
-        """TFLOP/s per watt of a call of so many model operations; None if not measured."""
-        return None if self.joules is None else flops / self.joules / 1e12
 
     def per_token(self, tokens: int) -> Energy:
         """The same, for one of the tokens that a call handles."""

@@ -41,11 +41,6 @@ class Standing:
     ever: bool = False
 
     @property
-    def on_hardware(self) -> bool:
-        """Ran natively, from today's source."""
-        return Evidence.MEASURED in self.kinds and not self.stale
-
-    @property
     def said(self) -> str:
         """In words, without the source."""
         if not self.kinds:

@@ -27,7 +27,7 @@ from rooftune import locks, nursery, registry
 from rooftune.core import Config, Problem, Status, Unavailable, UsageError
 from rooftune.registry import Impl
 
-START_FAILURES = 3  # a worker that cannot start three times in a row stops the run (F6)
+START_FAILURES = 3  # a worker that cannot start three times in a row stops the run
 LOAD_S = 180.0  # start, or import a competitor and list its configs; 60 s were too few beside six busy processes
 PREPARE_S = 240.0  # build and check; inductor and LLVM need tens of seconds on a loaded machine
 TERM_S = 2.0  # from SIGTERM to SIGKILL
@@ -141,13 +141,14 @@ class Worker:
         tail = self.tail()
         return WorkerDied(Status.FAILED_CRASH, f"crashed: {how}" + (f"; {tail}" if tail else ""))
 
-    def tail(self, size: int = 4096) -> str:
-        """The last telling line of the worker's output."""
+    def tail(self, size: int = 16384) -> str:
+        """The last telling line of the worker's output: what an emulation said, else how it crashed, else the last."""
         self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, self.log.tell() - size))
         lines = [x.strip() for x in self.log.read().decode(errors="replace").splitlines() if x.strip()]
-        fatal = [x for x in lines if x.startswith(("Fatal Python error", "roof:", "LLVM ERROR", "terminate called"))]
-        return (fatal or lines or [""])[-1][:200]
+        emulated = [x for x in lines if x.startswith("rooftune emulation: ")]  # kernels/common/cuda/fibers.hpp
+        fatal = [x for x in lines if x.startswith(("Fatal Python error", "LLVM ERROR", "terminate called"))]
+        return (emulated or fatal or lines or [""])[-1][:200]
 
     @property
     def alive(self) -> bool:
@@ -357,7 +358,7 @@ class Lab:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the device for one round of timing; another rooftune on this machine waits meanwhile (F13).
+        """Hold the device for one round of timing; another rooftune on this machine waits meanwhile.
 
         Raises:
             OutOfTime: it is another's until after the plan's end.

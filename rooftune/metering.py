@@ -174,30 +174,6 @@ def _integrated(watch: _Watch, at_least_s: float) -> Window:
     return Window(watch.integral_j, watch.t - start, watch.calls, ticks, watch.jitter_s)
 
 
-def self_test(sensor: Sensor, clock: Clock, work: Work, seconds: float = 10.0) -> None:
-    """Once a session: does the counter move, and does it agree with instant power under a square-wave load?
-
-    Raises:
-        Unavailable: it is frozen, or the two differ by more than 5 %.
-    """
-    begun = clock.now()
-
-    def square() -> int:
-        if (clock.now() - begun) % 1.0 < 0.5:
-            return work()
-        clock.sleep(POLL_S)
-        return 0
-
-    seen = window(sensor, clock, square, seconds)
-    if seen.integral_j is not None and not _agree(seen):
-        off = seen.joules / seen.integral_j - 1 if seen.integral_j > 0 else math.inf
-        raise Unavailable(f"cross-check: energy counter and integrated power differ by {off:+.0%}")
-
-
-def _agree(seen: Window) -> bool:
-    return seen.integral_j is None or abs(seen.joules - seen.integral_j) <= CROSS * seen.joules
-
-
 def summarise(
     windows: Sequence[Window], sensor: Sensor, idle_w: tuple[float, float] | None, why_no_idle: str = ""
 ) -> Energy:

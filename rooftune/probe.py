@@ -34,7 +34,7 @@ def ceilings(device_kind: str, threads: int = 1, quick: bool = True) -> dict[str
     Args:
         device_kind: `cpu`, or a GPU as `cuda`, `cuda:1`, `rocm`.
         threads: CPU threads that the competitors will get.
-        quick: some 3 s on two cores; False takes four times the samples and larger matrices.
+        quick: 4 to 5 s on two cores; False takes four times the samples and larger matrices.
 
     Returns:
         JSON-ready: `copy` is a list of entries with `working_set_bytes` (source and destination together),

@@ -1,8 +1,8 @@
 """The race: many competitors, one problem, one device; checked, then timed in interleaved rounds.
 
-Rounds follow measurement.md section 1.4: in a round every competitor is timed once, in an order drawn
-anew from the logged seed; a round's statistic is its 25 % order statistic; ratios are Hodges-Lehmann
-estimates over rounds with an exact signed-rank interval. The number of rounds is fixed beforehand.
+In a round every competitor is timed once, in an order drawn anew from the logged seed; a round's statistic is its
+25 % order statistic; ratios are Hodges-Lehmann estimates over rounds with an exact signed-rank interval. The number
+of rounds is fixed beforehand.
 """
 
 from __future__ import annotations

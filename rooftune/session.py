@@ -142,7 +142,7 @@ class Session:
 
         if self._energy is None:
             found = sensors.find_sensor(self.device)
-            none = found if isinstance(found, Energy) else Energy.unavailable("not asked for: run --energy")
+            none = found if isinstance(found, Energy) else Energy.unavailable("not asked for: run --energy", "off")
             self._energy = none.as_json()
         return dict(self._energy)
 

@@ -50,7 +50,7 @@ class Buffers:
         self.out: check.Fenced | None = None
 
     def fill(self, seed: int) -> check.Fenced:
-        """Make the inputs, or change their contents (C4), at copy speed; poison the output and return it."""
+        """Make the inputs, or change their contents, at copy speed; poison the output and return it."""
         import torch
 
         if self.out is None:

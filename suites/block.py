@@ -22,14 +22,14 @@ from rooftune.lab import Lab, Worker, WorkerDied
 from rooftune.race import SLOW_S, VERIFY_SHARE, Event, Options
 from rooftune.registry import Impl
 from rooftune.results import statistics
-from rooftune.suites.block_compose import Choice, Composition, compose, fastest, languages
+from rooftune.suites.block_compose import Choice, Composition, compose, fastest_torch, languages
 from rooftune.suites.block_plan import MODELS, Shape, Step, flops, plan, problems, shape, traffic
 from rooftune.suites.block_report import BlockResult, CompositionResult, StepResult, tables
 
 WORKER = "rooftune.suites.block_worker"
 __all__ = [
     "MODELS", "BlockResult", "Choice", "Composition", "CompositionResult", "Shape", "StepResult",
-    "compose", "fastest", "languages", "plan", "problems", "run", "shape", "tables",
+    "compose", "fastest_torch", "languages", "plan", "problems", "run", "shape", "tables",
 ]  # fmt: skip
 PREPARE_S = 900.0  # six builds (inductor, LLVM: tens of seconds each) and a float64 layer on two cores
 ENERGY_S = 60.0  # one window with its waits; idle and warm-up are two more

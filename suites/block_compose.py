@@ -32,25 +32,16 @@ class Composition:
     reason: str = ""
 
 
-def fastest(
-    records: Iterable[Record], impls: Iterable[Impl] = (), torch_only: bool = False
-) -> dict[str, tuple[str, Config]]:
-    """The fastest right candidate of each raced problem: the input of the mix.
-
-    Args:
-        impls: who raced; needed for user files, whose records carry a name that no folder knows.
-        torch_only: the fastest torch call, for an all-torch layer that is as good as it can be.
-    """
-    files = {i.key: i.module for i in impls if i.module.startswith("file:")}
+def fastest_torch(records: Iterable[Record]) -> dict[str, tuple[str, Config]]:
+    """The fastest torch call of each raced problem, for an all-torch layer that is as good as it can be."""
     best: dict[str, Record] = {}
     for r in records:
-        baseline = r.impl not in files and r.status == Status.OK and registry.impl(r.impl).baseline
-        if r.status != Status.OK or r.time_s is None or (torch_only and not baseline):
+        if r.status != Status.OK or r.time_s is None or not registry.impl(r.impl).baseline:
             continue
         held = best.get(r.problem)
         if held is None or held.time_s is None or r.time_s < held.time_s:
             best[r.problem] = r
-    return {problem: (files.get(r.impl, r.impl), r.config) for problem, r in best.items()}
+    return {problem: (r.impl, r.config) for problem, r in best.items()}
 
 
 def compose(name: str, steps: Sequence[Step], kind: str, measured: Measured | None = None) -> Composition:
@@ -58,7 +49,8 @@ def compose(name: str, steps: Sequence[Step], kind: str, measured: Measured | No
 
     Args:
         name: `torch`, `best`, or a language: all four operators from its competitors, or none at all.
-        kind: cpu, cuda or rocm. measured: from `fastest`; `best` needs it, `torch` takes its calls from it.
+        kind: cpu, cuda or rocm.
+        measured: what `best` takes (`dispatch.winners`), or the calls of `torch` (`fastest_torch`).
     """
     choices: dict[str, Choice] = {}
     for step in steps:

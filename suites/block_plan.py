@@ -1,7 +1,7 @@
 """One transformer layer as a list of steps: operators that competitors fill in, and glue that torch does.
 
 Standard library only: the parent plans and prices with it, the worker executes it (`block_worker`).
-Sizes and formulas follow kernels.md section 3; T = batch * (seq in prefill, 1 in decode) tokens.
+Sizes are those of the models' published configurations; T = batch * (seq in prefill, 1 in decode) tokens.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import argparse
 import json
 import secrets
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from rooftune import race, registry
@@ -15,7 +14,6 @@ from rooftune.commands import common
 from rooftune.commands.run import measure
 from rooftune.core import ExitCode, Status, UsageError
 from rooftune.results import store
-from rooftune.results.record import Record
 from rooftune.session import Session
 from rooftune.suites import block as blocks
 from rooftune.suites import block_plan
@@ -62,10 +60,9 @@ def compose_and_time(
     rounds: int,
     seed: int,
     console: Any,
-    known: Sequence[Record] = (),
     energy_windows: int = 0,
 ) -> blocks.BlockResult:
-    """The whole of `block` for one shape; `known` are records of steps that were raced already."""
+    """The whole of `block` for one shape: race its steps, compose the layer, check and time it, print the tables."""
     from rich.console import Console
 
     steps = block_plan.plan(shape)
@@ -76,16 +73,14 @@ def compose_and_time(
     field = {
         op: [i for i in registry.impls(op) if kind in i.devices and not i.per_shape] for op in {p.op for p in problems}
     }
-    done = {r.problem for r in known}
-    todo = [p for p in problems if str(p) not in done]
     timing = race.Options(rounds=STEP_ROUNDS, seed=seed)
-    session.say(f"racing the competitors of {len(todo)} steps")
+    session.say(f"racing the competitors of {len(problems)} steps")
     ceilings = session.ceilings
     quiet = Console(quiet=True)  # the block's own table says what was chosen in the step races
-    records = [*known, *measure(session, todo, field, timing, quiet, common.tuned_entrants(session, todo))]
+    records = measure(session, problems, field, timing, quiet, common.tuned_entrants(session, problems))
     # Never slower: a step leaves torch only for what beat the best torch call with confidence.
     measured = {text: (record.impl, record.config) for text, record in dispatch.winners(records).items()}
-    baselines = blocks.fastest(records, torch_only=True)
+    baselines = blocks.fastest_torch(records)
     compositions = [
         blocks.compose("torch", steps, kind, baselines),
         *(blocks.compose(language, steps, kind) for language in blocks.languages(steps, kind)),

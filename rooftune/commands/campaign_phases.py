@@ -4,7 +4,6 @@ in the folder; what was finished there is not repeated."""
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import threading
 import time
@@ -17,6 +16,7 @@ from rooftune.autotune import ranking
 from rooftune.commands.campaign_tune import best_config
 from rooftune.commands.campaign_work import Campaign
 from rooftune.core import Config, Evidence, Problem, Unavailable, UsageError
+from rooftune.device_cpu import cores
 from rooftune.lab import OutOfTime, Reply
 from rooftune.registry import Impl
 from rooftune.results.record import Record
@@ -76,10 +76,10 @@ def check(work: Campaign) -> None:
 def _at_once(work: Campaign) -> int:
     """Checks and compilers side by side: most of either is a core's work also where a GPU runs the kernels. Beside an
     H200 16 cores checked 72 competitors and precisions in 80 s, 13 at a time."""
-    cores = os.cpu_count() or 2
+    here = cores()
     if work.session.device.kind == "cpu":
-        return max(1, min(4, cores // 2 + 1))
-    return max(4, min(16, cores))
+        return max(1, min(4, here // 2 + 1))
+    return max(4, min(16, here))
 
 
 def _compilers(work: Campaign) -> list[Impl]:

@@ -16,7 +16,7 @@ HINTS = {
     "torch": "pip install torch",
     "numba": "pip install numba",
     "triton": "pip install triton",
-    "cupy": "pip install 'rooftune[cuda13]' (with a GPU) or 'rooftune[offline]' (to compile without one)",
+    "cupy": "in the checkout: pip install '.[cuda13]' (with a GPU) or '.[offline]' (to compile without one)",
     "numba_cuda": "pip install numba-cuda",
 }
 
@@ -108,7 +108,7 @@ def doctor(chosen: argparse.Namespace) -> ExitCode:
         importlib.metadata.version("pytest-benchmark")
     except importlib.metadata.PackageNotFoundError:
         out.print(
-            "missing: pytest-benchmark (pip install 'rooftune[dev]') for the kernel_benchmark fixture", markup=False
+            "missing: pytest-benchmark (pip install pytest-benchmark) for times by kernel_benchmark", markup=False
         )
     return ExitCode.OK
 

@@ -305,7 +305,7 @@ def best(chosen: argparse.Namespace) -> ExitCode:
     console = common.console(chosen)
     answers = []
     for text in chosen.what:
-        answer = dispatch.explain(text, common.device_name(chosen), chosen.threads)
+        answer = dispatch.choose(text, common.device_name(chosen), chosen.threads).as_json()
         answers.append({"kind": "best", **answer})
         console.print(f"\n{answer['problem']} on {answer['device']}", style="bold", markup=False)
         config = f" ({config_text(answer['config'])})" if answer.get("config") else ""

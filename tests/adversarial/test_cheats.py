@@ -1,4 +1,4 @@
-"""Kernels that cheat, and kernels that are slightly wrong: the gate must catch each (measurement.md, section 4)."""
+"""Kernels that cheat, and kernels that are slightly wrong: the gate must catch each."""
 
 from __future__ import annotations
 

@@ -30,6 +30,11 @@ def _prepare(lab: Lab, path: Path):  # type: ignore[no-untyped-def]
         ("os.kill(os.getpid(), signal.SIGSEGV)", Status.FAILED_CRASH, "SIGSEGV"),
         pytest.param("os.kill(os.getpid(), signal.SIGKILL)", Status.FAILED_CRASH, "SIGKILL", marks=pytest.mark.slow),
         pytest.param("os.abort()", Status.FAILED_CRASH, "SIGABRT", marks=pytest.mark.slow),
+        (
+            r"os.write(2, b'rooftune emulation: deadlock in block 3\n'); os.abort()",
+            Status.FAILED_CRASH,
+            "crashed: SIGABRT; rooftune emulation: deadlock in block 3",
+        ),
         pytest.param("os._exit(3)", Status.FAILED_CRASH, "exit code 3", marks=pytest.mark.slow),
         ("raise RuntimeError('no such kernel image')", Status.FAILED_LAUNCH, "no such kernel image (mine.py:"),
         ("out.zero_()", Status.WRONG, "relative Frobenius error 1.00e+00"),

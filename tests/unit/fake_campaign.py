@@ -10,6 +10,24 @@ from rooftune import registry
 from rooftune.autotune.ranking import Gpu
 from rooftune.commands.campaign_plan import Home, Plan
 from rooftune.commands.campaign_work import Campaign
+from rooftune.results.record import Record
+
+PROBLEM = "softmax[m=64,n=256,fp32]"
+
+
+def record(number: int = 0, rounds: int = 6) -> Record:
+    return Record(
+        problem=PROBLEM,
+        op="softmax",
+        shape="m=64,n=256",
+        precision="fp32",
+        impl="softmax/torch",
+        config={"call": f"c{number}"},
+        default=True,
+        status="ok",
+        time_s=1 / 3,
+        rounds=[[1 / 3] * 5] * rounds,
+    )
 
 
 def home(tmp_path: Path, said: list[str] | None = None) -> Home:

@@ -123,7 +123,7 @@ def test_identical_machine_code_is_measured_once(on_gpu: None) -> None:
 
 
 def test_what_is_expected_is_compiled_meanwhile(monkeypatch: pytest.MonkeyPatch, on_gpu: None) -> None:
-    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(ahead, "cores", lambda: 4)
     asked: list[Config] = []
     likely = [{**DEFAULT, "block_m": m} for m in (32, 64, 128)]
     with make(fine, asked, sleep_s=0.01) as known:
@@ -172,7 +172,7 @@ def test_the_default_is_measured_whatever_its_code_looks_like(on_gpu: None) -> N
 def test_where_a_launch_compiles_anew_only_what_is_known_is_judged(
     monkeypatch: pytest.MonkeyPatch, on_gpu: None
 ) -> None:
-    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)  # nobody compiles meanwhile
+    monkeypatch.setattr(ahead, "cores", lambda: 2)  # nobody compiles meanwhile
     asked: list[Config] = []
     with make(lambda config: Reply(Status.OK, "", {"spill_bytes": 8 * (config != DEFAULT)}), asked) as known:
         known.impl = replace(known.impl, language="numba_cuda")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_campaign import home, work_on_h200
+from fake_campaign import PROBLEM, home, record, work_on_h200
 
 from rooftune import device, registry
 from rooftune.bench import main
@@ -26,27 +26,8 @@ from rooftune.commands.campaign_plan import Home, Plan
 from rooftune.commands.campaign_work import Campaign
 from rooftune.core import ExitCode
 from rooftune.results import store
-from rooftune.results.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
-PROBLEM = "softmax[m=64,n=256,fp32]"
-
-
-def record(number: int = 0, rounds: int = 6) -> Record:
-    return Record(
-        problem=PROBLEM,
-        op="softmax",
-        shape="m=64,n=256",
-        precision="fp32",
-        impl="softmax/torch",
-        config={"call": f"c{number}"},
-        default=True,
-        status="ok",
-        time_s=1 / 3,
-        rounds=[[1 / 3] * 5] * rounds,
-    )
-
-
 # --- who races ------------------------------------------------------------------------------------------------------
 
 

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_campaign import PROBLEM, home, record
+
 from rooftune import locks, registry
 from rooftune.commands import campaign_plan
-from rooftune.commands.campaign_plan import SHARES, Home, Plan, shares_of
+from rooftune.commands.campaign_plan import SHARES, Plan, shares_of
 from rooftune.core import Status, UsageError
 from rooftune.lab import Lab, OutOfTime
-from rooftune.results.record import Record
-
-PROBLEM = "softmax[m=64,n=256,fp32]"
-
-
-def record(number: int = 0, rounds: int = 6) -> Record:
-    return Record(
-        problem=PROBLEM,
-        op="softmax",
-        shape="m=64,n=256",
-        precision="fp32",
-        impl="softmax/torch",
-        config={"call": f"c{number}"},
-        default=True,
-        status="ok",
-        time_s=1 / 3,
-        rounds=[[1 / 3] * 5] * rounds,
-    )
-
 
 # --- time and folder ------------------------------------------------------------------------------------------------
 
@@ -103,10 +88,6 @@ def test_tuning_time_goes_to_what_is_missing() -> None:
     assert shares_of({}, 100.0, 5.0) == []
 
 
-def home(tmp_path: Path, said: list[str] | None = None) -> Home:
-    return Home(tmp_path / "out", (said if said is not None else []).append)
-
-
 def test_the_folder_remembers_steps_and_whose_it_is(tmp_path: Path) -> None:
     first = home(tmp_path)
     first.open("run", {"name": "Example 9000"})
@@ -175,8 +156,8 @@ def test_a_hung_kernel_costs_the_plans_patience_and_the_plans_end_blames_nobody(
     path = tmp_path / "hangs.py"
     path.write_text(HANGS)
     impl = registry.user_impl(path)
+    lab.worker(impl)  # its start may take longer than the patience that is tried
     lab.patience_s = 1.0
-    lab.worker(impl)
     reply = lab.ask(impl, "space", 60.0, problem=PROBLEM)
     assert (reply.status, reply.reason) == (Status.TIMEOUT, "no answer within 1 s; killed")
     lab.patience_s = 60.0

@@ -84,7 +84,7 @@ def simulated(kind: str, rng: np.random.Generator) -> Array:
 
 @pytest.mark.parametrize("kind", ["normal", "outliers", "related", "walk"])
 def test_histories_without_a_change_and_with_one(kind: str) -> None:
-    """The targets of measurement.md 3.6: false candidates at most 0.25 a history, steps of 5 % found within ten
+    """False candidates at most 0.25 a history, steps of 5 % found within ten
     commits in 97 of 100 (here of 60: 57), of 3 % in 60."""
     still = sum(len(changes.changes(simulated(kind, np.random.default_rng(seed)))) for seed in range(60))
     assert still <= 15

@@ -68,7 +68,7 @@ DEFAULT = registry.impl("softmax/numba").load().SPACE.default_for(PROBLEM)
 
 
 def test_nothing_measured_means_torch_and_the_command_that_changes_it() -> None:
-    answer = dispatch.explain(PROBLEM)
+    answer = dispatch.choose(PROBLEM).as_json()
     assert answer["impl"] == "softmax/torch"
     assert answer["source"] == "default"
     assert "nothing was measured" in answer["why"]
@@ -77,7 +77,7 @@ def test_nothing_measured_means_torch_and_the_command_that_changes_it() -> None:
 
 def test_the_faster_one_is_used_with_its_evidence() -> None:
     store(record(TORCH, CALL, None), record(NUMBA, DEFAULT, 1.5, 1.4))
-    answer = dispatch.explain(PROBLEM)
+    answer = dispatch.choose(PROBLEM).as_json()
     assert answer["impl"] == "softmax/numba"
     assert answer["config"] == DEFAULT
     assert answer["ratio_to_torch"] == 1.5
@@ -91,7 +91,7 @@ def test_the_faster_one_is_used_with_its_evidence() -> None:
 @pytest.mark.parametrize("low", [0.9, 1.0])
 def test_without_confidence_it_is_torch(low: float) -> None:
     store(record(TORCH, CALL, None), record(NUMBA, DEFAULT, 1.5, low))
-    answer = dispatch.explain(PROBLEM)
+    answer = dispatch.choose(PROBLEM).as_json()
     assert answer["impl"] == "softmax/torch"
     assert answer["config"] == CALL
     assert "nothing beats torch with confidence (softmax/numba: 1.50x" in answer["why"]
@@ -111,30 +111,30 @@ def test_without_confidence_it_is_torch(low: float) -> None:
 )
 def test_what_does_not_apply_here_is_listed_and_not_used(changes: dict[str, Any], why: str) -> None:
     store(record(NUMBA, DEFAULT, 1.5, 1.4, **changes), record(TORCH, CALL, None))
-    answer = dispatch.explain(PROBLEM)
+    answer = dispatch.choose(PROBLEM).as_json()
     assert answer["impl"] == "softmax/torch"
     assert any(why in c["reason"] for c in answer["considered"]), answer["considered"]
 
 
 def test_emulated_and_compiled_records_are_no_evidence_of_speed() -> None:
     store(record(TORCH, CALL, None), record(NUMBA, DEFAULT, 1.5, 1.4, evidence=Evidence.EMULATED))
-    assert dispatch.explain(PROBLEM)["impl"] == "softmax/torch"
+    assert dispatch.choose(PROBLEM).as_json()["impl"] == "softmax/torch"
 
 
 def test_the_newest_record_of_a_competitor_counts() -> None:
     old = store(record(TORCH, CALL, None), record(NUMBA, DEFAULT, 1.5, 1.4))
     os.utime(old, (1, 1))
     store(record(TORCH, CALL, None, run="r2"), record(NUMBA, DEFAULT, 0.8, 0.7, run="r2"))
-    assert dispatch.explain(PROBLEM)["impl"] == "softmax/torch"
+    assert dispatch.choose(PROBLEM).as_json()["impl"] == "softmax/torch"
 
 
 def test_a_newer_failure_vetoes_but_another_machines_record_does_not() -> None:
     old = store(record(TORCH, CALL, None), record(NUMBA, DEFAULT, 1.5, 1.4))
     os.utime(old, (1, 1))
     store(record(NUMBA, DEFAULT, 9.0, 8.0, device={"name": "elsewhere", "identity": {}}))
-    assert dispatch.explain(PROBLEM)["ratio_to_torch"] == 1.5
+    assert dispatch.choose(PROBLEM).as_json()["ratio_to_torch"] == 1.5
     store(record(NUMBA, DEFAULT, None, status=Status.WRONG, reason="bad rows", time_s=None))
-    answer = dispatch.explain(PROBLEM)
+    answer = dispatch.choose(PROBLEM).as_json()
     assert answer["impl"] == "softmax/torch"
     assert any(c["reason"] == "wrong bad rows" for c in answer["considered"])
 
@@ -165,19 +165,19 @@ def test_a_tuned_config_beats_torch_by_way_of_its_default() -> None:
     config = {"other": 1}
     store(record(TORCH, CALL, None), record(NUMBA, DEFAULT, 0.8, 0.7))
     Table().put(tuned(config, 1.8))
-    answer = dispatch.explain(PROBLEM)
+    answer = dispatch.choose(PROBLEM).as_json()
     assert (answer["impl"], answer["config"], answer["source"]) == ("softmax/numba", config, "tuned")
     assert answer["ratio_to_torch"] == pytest.approx(1.6)
     assert answer["ratio_ci"] == pytest.approx((0.7 * 1.8, 0.9 * 2.2))
     assert answer["next"] == ""
     Table().put(tuned(config, 1.2))  # 0.7 * 1.2 < 1: not sure
-    assert dispatch.explain(PROBLEM)["impl"] == "softmax/torch"
+    assert dispatch.choose(PROBLEM).as_json()["impl"] == "softmax/torch"
 
 
 def test_a_tuned_config_whose_default_was_not_raced_is_not_used() -> None:
     store(record(TORCH, CALL, None))
     Table().put(tuned({"other": 1}, 1.8))
-    answer = dispatch.explain(PROBLEM)
+    answer = dispatch.choose(PROBLEM).as_json()
     assert answer["impl"] == "softmax/torch"
     assert any("not raced against torch" in c["reason"] for c in answer["considered"])
 
@@ -257,7 +257,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 def test_choosing_imports_no_gpu_library() -> None:
     code = (
         "import sys\nfrom rooftune.autotune import dispatch\n"
-        "dispatch.explain('softmax[m=8,n=64,fp32]')\n"
+        "dispatch.choose('softmax[m=8,n=64,fp32]')\n"
         "assert not {'torch', 'triton', 'numba', 'cupy'} & set(sys.modules), 'heavy'\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -124,11 +124,7 @@ def test_derived_figures() -> None:
     token = energy.per_token(10)
     assert (token.value, token.net, *token.windows) == pytest.approx((0.15, 0.1, 0.14, 0.16))
     assert token.unit == "J/token"
-    assert energy.tflops_per_watt(3e12) == pytest.approx(2.0)
-    none = Energy.unavailable("off", "off")
-    assert none.tflops_per_watt(3e12) is None
-    assert none.per_token(10).unit == "J/token"
-    assert measured(method="model", label="est.").tflops_per_watt(1e12) is None
+    assert Energy.unavailable("off", "off").per_token(10).unit == "J/token"
 
 
 def test_aligned_windows_beat_naive_reads() -> None:
@@ -204,10 +200,7 @@ def test_a_counter_that_lies_is_unavailable_never_zero(fault: str, monkeypatch: 
 
 
 def test_cross_check() -> None:
-    honest, liar = Meter(), Meter(gain=1.2)
-    metering.self_test(honest, honest, honest.work, seconds=5.0)
-    with pytest.raises(Unavailable, match=r"cross-check: energy counter and integrated power differ by -1[67]%"):
-        metering.self_test(liar, liar, liar.work, seconds=5.0)
+    liar = Meter(gain=1.2)
     flagged = metering.measure(liar, liar.work, liar, windows=2, window_s=1.0)
     assert flagged.label == "flagged"
     assert flagged.value == pytest.approx(1.0, rel=1e-3)

@@ -56,7 +56,6 @@ def test_nothing_on_record_is_said_so(tmp_path: Path) -> None:
 def test_proof_is_not_called_a_run(tmp_path: Path) -> None:
     found = standing(tmp_path, record(kind="compiled"), record(kind="emulated"))
     assert found.kinds == (Evidence.EMULATED, Evidence.COMPILED)
-    assert not found.on_hardware
     assert str(found) == f"emulated and compiled, never run on hardware (source {TRITON.source_hash[:8]})"
 
 
@@ -69,7 +68,6 @@ def test_todays_proof_goes_before_an_older_run_which_is_not_forgotten(tmp_path: 
 def test_an_older_source_is_stale(tmp_path: Path) -> None:
     found = standing(tmp_path, record(source=OLD), record(kind="emulated", source=OLD))
     assert found.stale
-    assert not found.on_hardware
     assert str(found) == "STALE: measured on Example 9000 (older source ffffffff)"
     assert str(standing(tmp_path, record())).startswith("measured on Example 9000 (source ")
 

@@ -126,6 +126,11 @@ def test_an_export_replaces_its_own_folder_only(tmp_path: Path) -> None:
     (target / "table.json").unlink()
     with pytest.raises(UsageError, match="is no export of ours"):
         export.write(tmp_path, choices, here, 1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("# my project\n")
+    with pytest.raises(UsageError, match=r"README\.md exists and is no export's"):
+        export.write(tmp_path / "mine", choices, here, 1)
+    assert (tmp_path / "mine" / "README.md").read_text() == "# my project\n"
     with pytest.raises(UsageError, match="run or tune first"):
         export.write(tmp_path, [], here, 1)
     with pytest.raises(UsageError, match="lower-case"):

@@ -118,9 +118,8 @@ def test_a_single_winner_gets_the_star() -> None:
     assert "no winner" not in text
 
 
-def test_the_unit_follows_the_bound() -> None:
+def test_the_unit_follows_the_arithmetic_intensity() -> None:
     assert "GB/s" in shown([record()])
-    assert "TFLOP/s" in shown([record()], bounds={"softmax": "compute"})
     assert "TFLOP/s" in shown([record(tflops=20.0, gbps=100.0)])
 
 

@@ -145,6 +145,8 @@ def test_lost_rounds_take_their_partner_out() -> None:
         S.ratio(a, b[:2])
     with pytest.raises(UsageError, match="no round is left"):
         S.ratio([[1.0], []], [[], [1.0]])
+    with pytest.raises(UsageError, match="no round is left"):
+        S.unpaired_ratio([[1.0]], [[]])
 
 
 def test_tie_set() -> None:
@@ -161,13 +163,6 @@ def test_holm_against_its_definition() -> None:
     assert S.holm([0.01, 0.04, 0.03, 0.005], 0.05) == [True, False, False, True]
     assert S.holm([], 0.05) == []
     assert S.holm([math.nan], 0.05) == [False]
-
-
-def test_geomean() -> None:
-    assert S.geomean([1.0, 4.0]) == 2.0
-    for bad in ([], [0.0], [-1.0, 1.0]):
-        with pytest.raises(UsageError, match="positive"):
-            S.geomean(bad)
 
 
 def test_suite_rounds_show_what_no_cell_shows() -> None:
@@ -194,6 +189,7 @@ def test_detectable_effect_is_detected() -> None:
     rule = S.detectable_effect(rng.normal(0, sd, 2000), 32, 0.01 / 200)
     assert rule == pytest.approx(1.15 * sd, rel=0.08)
     assert S.detectable_effect([0.1] * 6, alpha=0.01) is None  # 2^-6 is above 0.01
+    assert S.detectable_effect([0.1], 32) is None  # one round has no spread
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.03])
