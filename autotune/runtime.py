@@ -42,12 +42,17 @@ class Layout:
         """The operator's sizes, read off its input tensors.
 
         Raises:
-            UsageError: not as many tensors, or shapes that contradict the operator or each other.
+            UsageError: not as many tensors, or types, places or shapes that contradict the operator or each other.
         """
         if len(self.inputs) != len(tensors):
             raise UsageError(f"{op} takes {len(self.inputs)} tensors with these flags, not {len(tensors)}")
         sizes: dict[str, int] = {}
         for number, (place, tensor) in enumerate(zip(self.inputs, tensors, strict=True)):
+            # kernels take addresses: they would read another type's bits as their own, and beyond a smaller one's end
+            if (found := str(tensor.dtype).removeprefix("torch.")) != place.dtype:
+                raise UsageError(f"{op}: tensor {number} is {found}, expected {place.dtype}")
+            if tensor.device != tensors[0].device:
+                raise UsageError(f"{op}: tensor {number} is on {tensor.device}, another on {tensors[0].device}")
             if len(place.dims) != tensor.dim():
                 raise UsageError(f"{op}: tensor {number} has {tensor.dim()} dimensions, expected {len(place.dims)}")
             for dim, size in zip(place.dims, tensor.shape, strict=True):

@@ -221,6 +221,8 @@ def build(problem: Problem, config: Config) -> Run:
         blocks = -(-a_panels // height)
     split = max(1, min(b_panels, -(-threads() // blocks)))
     room = -(-b_panels // split) * height if words > depth else 1
+    tasks = blocks * split
+    kept = slots(tasks) if late else b_panels  # packed panels of b: a slot's own may be more than b has
     b_along_k = flags[0][1] == "t"
     jobs = []
     if not late:
@@ -228,14 +230,14 @@ def build(problem: Problem, config: Config) -> Run:
         if form.unsigned_a:
             jobs.append((correcting(form, columns), b_panels))
     product = compiled(form, *flags, rows, columns, config["unroll"], config["prefetch"] == "next", late)
-    kernel = parallel(ARGUMENTS, *jobs, (product, blocks * split))
+    kernel = parallel(ARGUMENTS, *jobs, (product, tasks))
     workspace = [
         torch.empty(size, dtype=torch.int32)
         for size in (
-            slots(blocks * split) * height * rows * depth,
-            b_panels * columns * words,
-            b_panels * columns if FORMATS[problem.precision].exact else 1,
-            slots(blocks * split) * room * rows * columns,
+            slots(tasks) * height * rows * depth,
+            kept * columns * words,
+            kept * columns if FORMATS[problem.precision].exact else 1,
+            slots(tasks) * room * rows * columns,
         )
     ]
 

@@ -250,6 +250,11 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         inprocess.problem_of("softmax", (torch.zeros(2, 4, 1),), {})
     with pytest.raises(UsageError, match="does not take int64"):
         inprocess.problem_of("softmax", (torch.zeros(2, 4, dtype=torch.int64),), {})
+    x, vector = torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(4)
+    with pytest.raises(UsageError, match="tensor 1 is float32, expected bfloat16"):
+        inprocess.problem_of("layernorm", (x, vector, vector), {})
+    with pytest.raises(UsageError, match="tensor 1 is on meta, another on cpu"):
+        inprocess.problem_of("gemm", (vector[None], torch.zeros(4, 4, device="meta")), {})
     with pytest.raises(UsageError, match="needs its input tensors"):
         inprocess.problem_of("softmax", (), {})
 
