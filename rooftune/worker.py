@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 
 from rooftune import check, registry
 from rooftune.core import CompileError, Op, Problem, RooftuneError, Status
+from rooftune.fence import Fenced
 from rooftune.nursery import die_with_parent
 
 VERIFY_ROWS = 6  # rows of a timed output that are compared with float64
@@ -47,16 +48,16 @@ class Buffers:
         self.op, self.problem, self.device = op, problem, device
         self.tensors: tuple[Any, ...] = ()
         self.pools: list[Any] = []
-        self.out: check.Fenced | None = None
+        self.out: Fenced | None = None
 
-    def fill(self, seed: int) -> check.Fenced:
+    def fill(self, seed: int) -> Fenced:
         """Make the inputs, or change their contents (C4), at copy speed; poison the output and return it."""
         import torch
 
         if self.out is None:
             self.tensors = self.op.inputs(self.problem, check.generator(self.device, seed), self.device, "normal")
             shape, dtype = self.op.output(self.problem)
-            self.out = check.Fenced(shape, dtype, self.device)
+            self.out = Fenced(shape, dtype, self.device)
             flat = [t.view(-1) for t in self.tensors]
             self.pools = [torch.cat((f, f[:ROTATION])) if f.numel() >= 64 else f.clone() for f in flat]
         rng = random.Random(seed)
