@@ -28,6 +28,7 @@ from rooftune.fence import Fenced, bits
 from rooftune.nursery import die_with_parent
 
 VERIFY_ROWS = 6  # rows of a timed output that are compared with float64
+LATER = 3  # calls between the first on new contents and one that it is compared with
 KEPT = 32  # builds that may be asked for again: Numba took 30 s for those of one thorough check of a GPU's product
 ENUMERATED = 500_000  # a space of more configs before its rules, which take 4 us each, is drawn from
 ROTATION = 4096  # inputs change between rounds by a random rotation of up to this many elements
@@ -131,12 +132,14 @@ class Handle:
                 return f"output of a timed call: {wrong}"
         return ""
 
-    def first_call(self, seed: int) -> float:
-        """Seconds of a call on other contents; its answer is in the output then."""
-        out = self.on.fill(seed)
-        taken, result = audit.seconds(lambda: self.run(out.tensor, *self.on.tensors), self.on.sync)
-        check.settle(result, out.tensor)
-        return taken
+    def pair(self, seed: int) -> tuple[audit.Cost, audit.Cost]:
+        """What a call on other contents costs, and a later one on the same; an answer is in the output then."""
+        arguments = (self.on.fill(seed).tensor, *self.on.tensors)
+        first, result = audit.cost(lambda: self.run(*arguments), self.on.sync)
+        for _ in range(LATER):
+            self.run(*arguments)
+        check.settle(result, arguments[0])
+        return first, audit.cost(lambda: self.run(*arguments), self.on.sync)[0]
 
 
 class Session:
@@ -248,7 +251,7 @@ class Session:
         arguments = (out.tensor, *found.on.tensors)
         rows = found.rows(seed) if verify else []
         # The first call on these contents, which also warms caches and loads code: who remembers answers has none yet.
-        first_s, result = audit.seconds(lambda: found.run(*arguments), found.on.sync)
+        first, result = audit.cost(lambda: found.run(*arguments), found.on.sync)
         check.settle(result, out.tensor)
         early = found.look(rows) if verify else None
         out.poison()  # so that a later call that leaves what the first one wrote leaves nothing
@@ -268,12 +271,12 @@ class Session:
             seeds, next_s = random.Random(seed), timing.wall_s or max(timing.samples_s)
             asked: list[Any] = []
 
-            def again() -> float:
-                taken = found.first_call(seeds.getrandbits(31))
+            def pair() -> tuple[audit.Cost, audit.Cost]:
+                costs = found.pair(seeds.getrandbits(31))
                 asked[:] = [found.look(rows)]
-                return taken
+                return costs
 
-            wrong = audit.remembers(first_s, next_s, again) or found.verify(rows, *asked)
+            wrong = audit.remembers(first.wall_s, next_s, pair, self.device) or found.verify(rows, *asked)
         if wrong:
             return {"status": str(Status.WRONG), "reason": wrong}
         return {"status": str(Status.OK), "reason": "", **asdict(timing)}

@@ -18,17 +18,17 @@ NEW = "key = (x.data_ptr(), x[0, :9].tolist())\nnew, memo[0] = memo.get(0) != ke
 TIMED = "memo[1] = memo.get(1, 0) + 1\nif memo[1] <= 3: return honest(out, x)\n"  # a check of one case is three calls
 CHEATS = {
     "remembers answers by a look at the inputs": (
-        NEW + "if new:\n    time.sleep(0.03)\n    memo[2] = torch.softmax(x, -1)\nout.copy_(memo[2])",
+        NEW + "if new:\n    work()\n    memo[2] = torch.softmax(x, -1)\nout.copy_(memo[2])",
         "answers are remembered",
     ),
     "leaves the output of the call before": (TIMED + NEW + "if new: honest(out, x)", "never written"),
     "looks for poison before it leaves the output": (
-        TIMED + NEW + "if new: time.sleep(0.03)\nif new or out[0, 0].isnan(): honest(out, x)",
+        TIMED + NEW + "if new: work()\nif new or out[0, 0].isnan(): honest(out, x)",
         "answers are remembered",
     ),
     "remembers answers by what no rotation changes": (
         TIMED + "key = round(x.abs().sum().item())\nif memo.get(0) != key:\n"
-        "    time.sleep(0.03)\n    memo[0], memo[2] = key, torch.softmax(x, -1)\nout.copy_(memo[2])",
+        "    work()\n    memo[0], memo[2] = key, torch.softmax(x, -1)\nout.copy_(memo[2])",
         "output of a timed call",
     ),
     "works on after it has returned": (
@@ -58,6 +58,9 @@ PRECISIONS = ("fp32",)
 SPACE = Space()
 memo = {{}}
 clock = lambda now=time.perf_counter_ns: now() // 10
+def work(until=0.03):
+    until += time.process_time()
+    while time.process_time() < until: pass
 def honest(out, x):
     {HONEST}
 def build(problem, config):
@@ -133,12 +136,16 @@ def test_an_honest_kernel_is_timed(timed) -> None:  # type: ignore[no-untyped-de
     assert again["status"] == "ok", again["reason"]
 
 
-def test_one_slow_first_call_is_no_memory() -> None:
-    """A thread that had to be woken, a neighbour on the core: the shortest of several first calls counts."""
-    slow = iter([0.2, 0.011])
-    assert audit.remembers(0.3, 0.010, lambda: next(slow)) == ""
-    assert "30 times" in audit.remembers(0.3, 0.010, lambda: 0.3)
+def test_waiting_is_no_memory() -> None:
+    """A thread that had to be woken, a neighbour on the core: one pair of calls that is alike clears."""
+    slow, quick = audit.Cost(0.3, 0.3), audit.Cost(0.01, 0.01)
+    pairs = iter([(slow, quick), (slow, slow)])
+    assert audit.remembers(0.3, 0.01, lambda: next(pairs), "cpu") == ""
+    assert "30 times" in audit.remembers(0.3, 0.01, lambda: (slow, quick), "cpu")
+    waited = audit.Cost(0.3, 0.012)
+    assert audit.remembers(0.3, 0.01, lambda: (waited, quick), "cpu") == ""
+    assert "30 times" in audit.remembers(0.3, 0.01, lambda: (waited, quick), "cuda")  # the host only waits
 
 
 def test_a_short_call_may_take_longer_at_first() -> None:
-    assert audit.remembers(4e-4, 1e-6, lambda: pytest.fail("there is no suspicion")) == ""
+    assert audit.remembers(4e-4, 1e-6, lambda: pytest.fail("there is no suspicion"), "cpu") == ""
