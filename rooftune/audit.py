@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 import sys
 import time
 import types
@@ -19,7 +18,7 @@ from typing import Any
 
 FIRST_FACTOR = 5.0  # a first call on new contents may take so many times as long as the next ones, whose caches are
 FIRST_SLACK_S = 5e-4  # warm and whose threads are awake, and this longer
-FIRST_TRIES = 20  # one pair of calls that is not so clears: at load 13 on two cores 11 first calls in a row were slow
+PAIRS = 8  # the cheapest first call is compared with the cheapest later one: what disturbs only adds
 CLOCKS = ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "process_time_ns")
 OURS = ("rooftune.check", "rooftune.clock", "rooftune.fence", "rooftune.audit", "rooftune.worker")
 JUDGES = ("rooftune.check", "rooftune.fence", "rooftune.worker")
@@ -107,18 +106,18 @@ def cost(call: Callable[[], Any], sync: Callable[[], None]) -> tuple[Cost, Any]:
 def remembers(first_s: float, next_s: float, pair: Callable[[], tuple[Cost, Cost]], device: str) -> str:
     """Whether the first call on new contents takes so much longer than the next ones that those cannot do its work.
 
-    `pair` makes other contents and gives the costs of the first call on them and of the one after it; it is asked only
-    where there is a suspicion. On a CPU the first must have *worked* longer too: waiting for a core is no work.
+    `pair` makes other contents and gives the costs of the first call on them and of a later one; it is asked only
+    where there is a suspicion. On a CPU it is work that counts, in CPU seconds: waiting for a core is none.
     """
     if not _longer(first_s, next_s):
         return ""
-    least = math.inf
-    for _ in range(FIRST_TRIES):
-        first, after = pair()
-        if not _longer(first.wall_s, after.wall_s) or (device == "cpu" and not _longer(first.cpu_s, after.cpu_s)):
-            return ""
-        least = min(least, first.wall_s / after.wall_s)
-    return f"a call takes {least:,.0f} times as long where the contents are new: answers are remembered"
+    pairs = [pair() for _ in range(PAIRS)]
+    first, later = ((min(c.cpu_s if device == "cpu" else c.wall_s for c in side)) for side in zip(*pairs, strict=True))
+    if not _longer(first, later):
+        return ""
+    return (
+        f"a call takes {first / max(later, 1e-9):,.0f} times as long where the contents are new: answers are remembered"
+    )
 
 
 def _longer(first_s: float, next_s: float) -> bool:
