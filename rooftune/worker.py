@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import random
 import sys
@@ -17,15 +18,17 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 from weakref import WeakValueDictionary
 
-from rooftune import check, registry
+from rooftune import audit, check, clock, registry
 from rooftune.core import CompileError, Op, Problem, RooftuneError, Status
+from rooftune.fence import Fenced, bits
 from rooftune.nursery import die_with_parent
 
 VERIFY_ROWS = 6  # rows of a timed output that are compared with float64
+LATER = 3  # calls between the first on new contents and one that it is compared with
 KEPT = 32  # builds that may be asked for again: Numba took 30 s for those of one thorough check of a GPU's product
 ENUMERATED = 500_000  # a space of more configs before its rules, which take 4 us each, is drawn from
 ROTATION = 4096  # inputs change between rounds by a random rotation of up to this many elements
@@ -47,24 +50,40 @@ class Buffers:
         self.op, self.problem, self.device = op, problem, device
         self.tensors: tuple[Any, ...] = ()
         self.pools: list[Any] = []
-        self.out: check.Fenced | None = None
+        self.contents: list[Any] = []  # what `fill` put into the tensors
+        self.out: Fenced | None = None
 
-    def fill(self, seed: int) -> check.Fenced:
+    def fill(self, seed: int) -> Fenced:
         """Make the inputs, or change their contents, at copy speed; poison the output and return it."""
         import torch
 
         if self.out is None:
             self.tensors = self.op.inputs(self.problem, check.generator(self.device, seed), self.device, "normal")
             shape, dtype = self.op.output(self.problem)
-            self.out = check.Fenced(shape, dtype, self.device)
+            self.out = Fenced(shape, dtype, self.device)
             flat = [t.view(-1) for t in self.tensors]
             self.pools = [torch.cat((f, f[:ROTATION])) if f.numel() >= 64 else f.clone() for f in flat]
-        rng = random.Random(seed)
+        rng, self.contents = random.Random(seed), []
         for tensor, pool in zip(self.tensors, self.pools, strict=True):
             start = rng.randrange(1, min(ROTATION, tensor.numel())) if tensor.numel() >= 64 else 0
-            tensor.view(-1).copy_(pool[start : start + tensor.numel()])
+            self.contents.append(pool[start : start + tensor.numel()])
+            tensor.view(-1).copy_(self.contents[-1])
         self.out.poison()
         return self.out
+
+    def changed(self) -> str:
+        """Which input no longer holds what it was filled with: what is right for it would be no answer."""
+        import torch
+
+        for index, (tensor, given) in enumerate(zip(self.tensors, self.contents, strict=True)):
+            flat, whole = tensor.view(-1), getattr(torch, f"int{8 * tensor.itemsize}")
+            if not torch.equal(flat.view(whole), given.view(whole)):
+                return f"changed its input {index} in a timed call"
+        return ""
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        check.sync(self.device)
 
 
 @dataclass
@@ -75,26 +94,52 @@ class Handle:
     on: Buffers
     verified: bool = False  # a timed output was judged before
 
-    def verify(self, seed: int) -> str:
-        """Judge sampled rows of the output that was just timed; returns what is wrong, or nothing.
+    def rows(self, seed: int) -> list[int]:
+        """Which rows of a timed output are to be judged.
 
         Of an output in parts the first time has the edges of all, later ones rows at random: a row that is a sum
         over all inputs (dweight at 32768 x 4096) takes seconds in float64, which no round should cost.
         """
-        op, problem, tensors, out = self.on.op, self.on.problem, self.on.tensors, self.on.out
+        assert self.on.out is not None
+        shape, parts = self.on.out.tensor.shape, self.on.op.parts(self.on.problem)
+        total = math.prod(shape[:-1])
+        if parts and self.verified:
+            return sorted(random.Random(seed).sample(range(total), min(total, VERIFY_ROWS)))
+        self.verified = True
+        return check.sample_rows(total, seed, VERIFY_ROWS, parts)
+
+    def look(self, rows: list[int]) -> Any:
+        """These rows of the output as they are now: what is written later is too late."""
+        assert self.on.out is not None
+        out = self.on.out.tensor.detach()
+        return out.reshape(-1, out.shape[-1])[rows]
+
+    def verify(self, rows: list[int], *looks: Any) -> str:
+        """Judge what was seen of outputs on the present inputs; returns what is wrong, or nothing."""
+        op, problem, out = self.on.op, self.on.problem, self.on.out
         assert out is not None
         if damage := out.damage():
             return f"{damage} in a timed call"
-        got = out.tensor.detach().reshape(-1, out.tensor.shape[-1])
-        total, parts = got.shape[0], op.parts(problem)
-        if parts and self.verified:
-            rows = sorted(random.Random(seed).sample(range(total), min(total, VERIFY_ROWS)))
-        else:
-            rows = check.sample_rows(total, seed, VERIFY_ROWS, parts)
-        self.verified = True
-        where = check.place(tensors, self.on.device)
-        wrong, _ = check.compare(op, problem, got, tensors, rows, "timed", where)
-        return f"output of a timed call: {wrong}" if wrong else ""
+        if changed := self.on.changed():
+            return changed
+        where, seen = check.place(self.on.tensors, self.on.device), list[Any]()
+        for look in looks:
+            if any(look.shape == s.shape and bool((bits(look) == bits(s)).all()) for s in seen):
+                continue  # the same bits, as of most kernels
+            seen.append(look)
+            wrong, _ = check.compare_rows(op, problem, look, self.on.tensors, rows, "timed", where)
+            if wrong:
+                return f"output of a timed call: {wrong}"
+        return ""
+
+    def pair(self, seed: int) -> tuple[audit.Cost, audit.Cost]:
+        """What a call on other contents costs, and a later one on the same; an answer is in the output then."""
+        arguments = (self.on.fill(seed).tensor, *self.on.tensors)
+        first, result = audit.cost(lambda: self.run(*arguments), self.on.sync)
+        for _ in range(LATER):
+            self.run(*arguments)
+        check.settle(result, arguments[0])
+        return first, audit.cost(lambda: self.run(*arguments), self.on.sync)[0]
 
 
 class Session:
@@ -107,9 +152,12 @@ class Session:
         self.buffers: WeakValueDictionary[str, Buffers] = WeakValueDictionary()  # as long as a handle has them
         self.built: OrderedDict[str, check.Run] = OrderedDict()
         self.serial = 0
+        self.originals = audit.Originals()
 
     def _module(self, impl: str) -> Any:
         found = registry.impl(impl)
+        if self.mode == "native":
+            self.originals.remember(registry.op(found.op))
         try:
             module = found.load()
         except RooftuneError:
@@ -172,6 +220,8 @@ class Session:
             raise _refusal(error) from error
         except Exception as error:
             raise Failure(Status.FAILED_LAUNCH, _line(error)) from error
+        if verdict.ok and (replaced := self.originals.replaced()):
+            verdict = replace(verdict, ok=False, reason=replaced)
         reply: dict[str, Any] = {"status": str(Status.OK if verdict.ok else Status.WRONG), "reason": verdict.reason}
         reply |= {"error": verdict.as_json(), "build_s": built_s, "check_s": time.perf_counter() - start - built_s}
         if verdict.ok and self.mode == "native":
@@ -196,23 +246,37 @@ class Session:
 
     def time(self, handle: int, seed: int, verify: bool = True, **options: Any) -> dict[str, Any]:
         """Samples of one round, in seconds per call, on inputs whose contents changed since the last round."""
-        from rooftune import clock
-
         found = self.handles[handle]
         out = found.on.fill(seed)
         arguments = (out.tensor, *found.on.tensors)
-        last = [found.run(*arguments)]  # caches and page tables are warm, code is loaded
+        rows = found.rows(seed) if verify else []
+        # The first call on these contents, which also warms caches and loads code: who remembers answers has none yet.
+        first, result = audit.cost(lambda: found.run(*arguments), found.on.sync)
+        check.settle(result, out.tensor)
+        early = found.look(rows) if verify else None
+        out.poison()  # so that a later call that leaves what the first one wrote leaves nothing
+        last = [result]
 
         def keeping(*tensors: Any) -> None:
             last[0] = found.run(*tensors)
 
-        returns = last[0] is not None  # then the last timed call's own result is what gets verified
-        run = keeping if returns else found.run
-        timing = clock.time_calls(run, [arguments], self.device, **options)
+        returns = result is not None  # then the last timed call's own result is what gets verified
+        timing = clock.time_calls(keeping if returns else found.run, [arguments], self.device, **options)
         if returns:
             check.settle(last[0], out.tensor)
         wrong = next((note for note in timing.notes if "another stream" in note), "")
-        wrong = wrong or (found.verify(seed) if verify else "")
+        if verify and not wrong:
+            wrong = found.verify(rows, found.look(rows), early) or self.originals.replaced()
+        if verify and not wrong:
+            seeds, next_s = random.Random(seed), timing.wall_s or min(timing.samples_s)
+            asked: list[Any] = []
+
+            def pair() -> tuple[audit.Cost, audit.Cost]:
+                costs = found.pair(seeds.getrandbits(31))
+                asked[:] = [found.look(rows)]
+                return costs
+
+            wrong = audit.remembers(first.wall_s, next_s, pair, self.device) or found.verify(rows, *asked)
         if wrong:
             return {"status": str(Status.WRONG), "reason": wrong}
         return {"status": str(Status.OK), "reason": "", **asdict(timing)}

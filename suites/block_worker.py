@@ -16,6 +16,7 @@ from typing import Any
 
 from rooftune import check, registry
 from rooftune.core import RooftuneError, Status
+from rooftune.fence import Fenced
 from rooftune.suites.block_math import Glue, Tensors, dtype, reference, weights
 from rooftune.suites.block_plan import ROW_FACTOR, Shape, Step, error_bound, plan
 
@@ -47,7 +48,7 @@ class Block:
         torch.set_grad_enabled(False)
         self.shape, self.seed, self.device = shape, seed, device
         self.steps = plan(shape)
-        self.fences: dict[str, check.Fenced] = {}
+        self.fences: dict[str, Fenced] = {}
         self.tensors: Tensors = weights(shape, self.steps, seed, device)
         self.pool = torch.randn(
             2 * shape.tokens * shape.sizes.d, generator=check.generator(device, seed + 1), device=device
@@ -69,7 +70,7 @@ class Block:
             raise StepError(Status.SKIPPED, f"step {step.name}: {choice['impl']}: {error}") from error
         except Exception as error:
             raise StepError(Status.FAILED_COMPILE, _failed(step, choice, error)) from error
-        fence = check.Fenced(*registry.op(problem.op).output(problem), self.device)
+        fence = Fenced(*registry.op(problem.op).output(problem), self.device)
         self.fences[step.name] = fence
         self.tensors[step.name] = fence.tensor
         tensors, name, reads = self.tensors, step.name, step.reads

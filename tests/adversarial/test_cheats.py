@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rooftune import check, registry
 from rooftune.core import Problem
@@ -49,6 +50,16 @@ CHEATS = {
         "y = torch.softmax(x, -1)\nif x.shape[0] != 8: y.mul_(1.001)\nout.copy_(y)",
         "m=1,n=1",
     ),
+    "leaves what is there where nothing seems to have changed": (
+        "key = (x.data_ptr(), tuple(x.shape), x.sum().item())\nif memo.get(0) != key: torch.softmax(x, -1, out=out)\n"
+        "memo[0] = key",
+        "third call",
+    ),
+    "writes after its output with the poison": (
+        "torch.softmax(x, -1, out=out)\n"
+        "out.as_strided((9,), (1,), out.storage_offset() + out.numel()).view(torch.uint8).fill_(255)",
+        "after the output",
+    ),
     "treats minus infinity as a number": ("torch.softmax(x.clamp_min(-30), -1, out=out)", "neg_inf"),
 }
 TEXT = "import torch\nmemo = {}\ndef run(out, x):\n    BODY\n"
@@ -81,6 +92,20 @@ def test_an_honest_kernel_passes(tmp_path: Path, precision: str, n: int) -> None
     )
     assert verdict.ok, verdict.reason
     assert verdict.deterministic
+
+
+def test_what_fp16_rounds_below_its_normal_numbers_is_no_fault() -> None:
+    """Of 65,536 columns the correctly rounded softmax has a relative error of 7e-4: its values are subnormal."""
+    problem = registry.problem("softmax[m=2,n=65536,fp16]")
+
+    def rounded(out: torch.Tensor, x: torch.Tensor) -> None:
+        out.copy_(torch.softmax(x.double(), -1))
+
+    op = registry.op("softmax")
+    verdict = check.check_case(op, problem, rounded, seed=7)
+    assert verdict.ok, verdict.reason
+    verdict = check.check_case(op, problem, lambda out, x: rounded(out, x * 1.01), seed=7)
+    assert "Frobenius" in verdict.reason
 
 
 WRONG_GEMMS = {
@@ -120,11 +145,24 @@ def test_large_outputs_are_sampled_and_still_watched_everywhere(tmp_path: Path) 
     assert "never written" in verdict.reason
 
 
+def test_integers_that_are_never_written_are_missed_in_rows_that_are_not_compared() -> None:
+    """-1 is the poison of integers and may be an answer: another poison tells who never wrote."""
+    problem = registry.problem("gemm[m=2000,n=300,k=300,int8]")
+    assert registry.op("gemm").flops(problem) > check.WHOLE_FLOPS
+    hole = next(i for i in range(1, 1999) if not {i} & {r for s in (7, 8) for r in check.sample_rows(2000, s)})
+
+    def holes(out, a, b):  # type: ignore[no-untyped-def]
+        full = torch._int_mm(a, b)
+        out[:hole], out[hole + 1 :] = full[:hole], full[hole + 1 :]
+
+    verdict = check.check(registry.op("gemm"), problem, {}, lambda p, c: holes, seed=7, thorough=False)
+    assert not verdict.ok
+    assert "integers differ" in verdict.reason
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_is_judged_has_all_threads_and_nobody_loses_them(fails: bool) -> None:
     """The judgement runs on one thread; a kernel that saw one only would be another than the one that is timed."""
-    import torch
-
     threads, seen = torch.get_num_threads(), []
     torch.set_num_threads(3)
 
