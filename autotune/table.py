@@ -130,6 +130,14 @@ class Table:
             body = {"schema": SCHEMA, "entries": [asdict(e) for e in [*kept, entry]]}
             store.atomic_write(self.path, json.dumps(body, indent=1, allow_nan=False) + "\n")
 
+    def drop(self, entry: Entry) -> None:
+        """Take an entry out again, if it is still as given: its config did not beat the default another time."""
+        with self._locked():
+            entries = self.entries()
+            if entry in entries:
+                body = {"schema": SCHEMA, "entries": [asdict(e) for e in entries if e != entry]}
+                store.atomic_write(self.path, json.dumps(body, indent=1, allow_nan=False) + "\n")
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         lock = self.path.with_name(f".{self.path.name}.lock")
