@@ -237,6 +237,9 @@ def test_constraints_are_read_and_refused() -> None:
     assert constraint("call=sdpa")({"call": "sdpa"})
     assert constraint("swizzle=true")({"swizzle": True})
     assert constraint("other>3")({"block_m": 1})
+    assert constraint("split!=4")({"split": None})  # None is not 4
+    assert not constraint("split<4")({"split": None})
+    assert constraint("mode=4")({"mode": "4"})
     for bad in ("block_m", "block_m<=big", "<=3", "__import__('os')"):
         with pytest.raises(UsageError):
             constraint(bad)
