@@ -91,6 +91,9 @@ def write(folder: Path, choices: Sequence[Choice], device: devices.Device, threa
     target = folder / name
     if target.exists() and not (target / "table.json").is_file():
         raise UsageError(f"{target} exists and is no export of ours; choose another --out or --name")
+    readme = folder / "README.md"
+    if readme.exists() and not target.exists() and not readme.read_bytes().startswith(f"# {name}\n".encode()):
+        raise UsageError(f"{readme} exists and is no export of ours; choose another --out")
     package = Package(PLACES)
     package.add("rooftune.autotune.standalone", "call")
     package.add("rooftune.autotune.standalone", "best")
