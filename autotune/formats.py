@@ -6,13 +6,13 @@ A recorded tuning is what a search can be replayed on, and what it can start fro
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rooftune.autotune.journal import SCHEMA, canonical
 from rooftune.core import Config, Problem, Status, UsageError, unknown
 from rooftune.results import store
 
@@ -67,21 +67,24 @@ def load(path: Path) -> list[Tuning]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if path.suffix == store.SUFFIX or text.startswith('{"kind":'):
-        found = _journal(path)
-    else:
-        data = _json(path, text)
-        if "cache" in data and "tune_params_keys" in data:
-            found = [_kernel_tuner(path, data)]
-        elif "results" in data:
-            found = [_t4(path, data)]
-        elif "configs_timings" in data:
-            found = [_triton(path, data)]
-        else:
-            raise UsageError(f"{path}: neither a journal, a Kernel Tuner cache, T4 results nor a Triton autotune file")
+    try:
+        found = _journal(path) if path.suffix == store.SUFFIX or text.startswith('{"kind":') else [_theirs(path, text)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # a list where an object belongs
+        raise UsageError(f"{path}: a field is not what this format has there ({error})") from error
     if not any(tuning.rows for tuning in found):
         raise UsageError(f"{path} holds no tuned config")
     return found
+
+
+def _theirs(path: Path, text: str) -> Tuning:
+    data = _json(path, text)
+    if "cache" in data and "tune_params_keys" in data:
+        return _kernel_tuner(path, data)
+    if "results" in data:
+        return _t4(path, data)
+    if "configs_timings" in data:
+        return _triton(path, data)
+    raise UsageError(f"{path}: neither a journal, a Kernel Tuner cache, T4 results nor a Triton autotune file")
 
 
 def _json(path: Path, text: str) -> dict[str, Any]:
@@ -104,8 +107,10 @@ def _closed(text: str) -> Any:
     while head:
         try:
             return json.loads(head + "}}")
+        except json.JSONDecodeError as error:  # whatever ends behind the place that is wrong cannot help
+            head = head[: head.rfind("},", 0, error.pos) + 1]
         except (ValueError, RecursionError):
-            head = head[: head.rfind("},") + 1]
+            return None
     return None
 
 
@@ -114,31 +119,49 @@ def _closed(text: str) -> Any:
 
 def _journal(path: Path) -> list[Tuning]:
     lines, _ = store.Log(path).read()
-    starts = {x["key"]: x["what"] for x in lines if x.get("kind") == "tune" and x.get("event") == "start"}
+    begun = [x for x in lines if x.get("kind") == "tune" and x.get("event") == "start"]
+    starts = {x["key"]: x["what"] for x in begun if x.get("schema") == SCHEMA}
     found: list[Tuning] = []
     for key, what in starts.items():
         mine = [x for x in lines if x.get("kind") == "tune" and x.get("key") == key]
-        trials = [x["trial"] for x in mine if x.get("event") == "config"]
+        # Two processes may have measured the same config: the later outcome counts, as in a resume.
+        trials = {canonical(x["trial"]["config"]): x["trial"] for x in mine if x.get("event") == "config"}
         rows = []
-        for trial in trials:
+        for trial in trials.values():
             value = trial["time_s"] if trial["ratio"] is None else trial["ratio"]
             samples = tuple(min(samples) for samples in trial["rounds"] if samples)
             rows.append(Row(trial["config"], trial["time_s"], value, trial["status"], trial["reason"], samples))
         final = next((x["result"] for x in reversed(mine) if x.get("event") == "final"), None)
-        axes = _axes([row.config for row in rows])
         device = str((what.get("device") or {}).get("name", ""))
         chosen = final["config"] if final else None
-        found.append(Tuning(what["impl"], what["problem"], device, axes, rows, str(path), chosen, what))
+        found.append(_tuning(path, what["impl"], what["problem"], device, rows, {}, chosen, what))
     return found
 
 
-def _axes(configs: Iterable[Config]) -> dict[str, list[Any]]:
-    """Values in the order of size, or as they come where they have none."""
-    seen: dict[str, dict[Any, None]] = {}
-    for config in configs:
-        for name, value in config.items():
-            seen.setdefault(name, {})[value] = None
-    return {name: _sorted(list(values)) for name, values in seen.items()}
+def _tuning(
+    path: Path,
+    kernel: str,
+    problem: str,
+    device: str,
+    rows: Sequence[Row],
+    declared: Mapping[str, Sequence[Any]],
+    chosen: Config | None = None,
+    about: dict[str, Any] | None = None,
+) -> Tuning:
+    """A tuning with its axes: values in the order of size, or as they come (declared ones first) where they have none.
+
+    Values that are equal are one value (True, 1 and 1.0: writers mix them), so a config has one spelling.
+    """
+    seen: dict[str, dict[Any, Any]] = {name: {v: v for v in values} for name, values in declared.items()}
+    spelled: list[Row] = []
+    for row in rows:
+        for name, value in row.config.items():
+            if isinstance(value, list | dict) or value != value:  # NaN equals nothing
+                raise UsageError(f"{path}: {name} is {value!r:.40}, which is no value that could be searched")
+        config = {name: seen.setdefault(name, {}).setdefault(value, value) for name, value in row.config.items()}
+        spelled.append(replace(row, config=config))
+    axes = {name: _sorted(list(values)) for name, values in seen.items()}
+    return Tuning(kernel, problem, device, axes, spelled, str(path), chosen, about or {})
 
 
 def _sorted(values: list[Any]) -> list[Any]:
@@ -158,6 +181,7 @@ ERRORS = {  # Kernel Tuner's error classes, and T4's invalidities
     "timeout": Status.TIMEOUT,
     "correctness": Status.WRONG,
 }
+FAILURE = 1e20  # the time that Kernel Tuner gave a config without one, before it had error classes
 SECONDS = {"s": 1.0, "seconds": 1.0, "ms": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "microseconds": 1e-6, "ns": 1e-9}
 
 
@@ -169,7 +193,8 @@ def _kernel_tuner(path: Path, data: dict[str, Any]) -> Tuning:
         if not isinstance(entry, dict) or not set(keys) <= set(entry):
             raise UsageError(f"{path}: cache entry '{name}' lacks a parameter of {', '.join(keys)}")
         config = {key: entry[key] for key in keys}
-        wrong = entry.get("__error__") or next((v for v in entry.values() if isinstance(v, str) and v in ERRORS), None)
+        said = (v for k, v in entry.items() if k not in keys and isinstance(v, str))  # an axis may have any word
+        wrong = entry.get("__error__") or next((v for v in said if v in ERRORS), None)
         time_ms = entry.get("time")
         if wrong or time_ms is None or not _positive(time_ms):
             status = ERRORS.get(str(wrong), Status.FAILED_LAUNCH)
@@ -179,18 +204,18 @@ def _kernel_tuner(path: Path, data: dict[str, Any]) -> Tuning:
         compiled = entry.get("compile_time")
         compile_s = compiled * 1e-3 if isinstance(compiled, int | float) else None
         rows.append(Row(config, time_ms * 1e-3, time_ms * 1e-3, Status.OK, "", times, compile_s))
-    declared = {k: _sorted(list(data.get("tune_params", {}).get(k) or ())) for k in keys}
-    axes = {k: declared[k] or v for k, v in _axes(row.config for row in rows).items()} or declared
-    size = str(data.get("problem_size", ""))
-    return Tuning(str(data.get("kernel_name", "")), size, str(data.get("device_name", "")), axes, rows, str(path))
+    declared = {k: list(data.get("tune_params", {}).get(k) or ()) for k in keys}
+    kernel, size, device = (str(data.get(k, "")) for k in ("kernel_name", "problem_size", "device_name"))
+    return _tuning(path, kernel, size, device, rows, declared)
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    """Whether it can be a time."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < FAILURE
 
 
 def _t4(path: Path, data: dict[str, Any]) -> Tuning:
-    """The objective is a measurement with a unit; without one, the mean of `runtimes`, which writers give in ms."""
+    """The time is the objective if that is one, else the measurement `time`, else the mean of `runtimes`, in ms."""
     rows = []
     for number, result in enumerate(data["results"]):
         try:
@@ -200,26 +225,33 @@ def _t4(path: Path, data: dict[str, Any]) -> Tuning:
         if invalid != "correct":
             rows.append(Row(config, None, None, ERRORS.get(str(invalid), Status.FAILED_LAUNCH), str(invalid)))
             continue
-        wanted = (result.get("objectives") or ["time"])[0]
+        wanted = ((result.get("objectives") or ["time"])[0], "time")
         runs = tuple(t * 1e-3 for t in times.get("runtimes") or () if _positive(t))
-        time_s = next(
-            (m["value"] * SECONDS.get(str(m.get("unit") or "ms").lower(), 1e-3)
-             for m in result.get("measurements") or () if m.get("name") == wanted and _positive(m.get("value"))),
-            sum(runs) / len(runs) if runs else None,
-        )  # fmt: skip
+        measured = {m.get("name"): s for m in result.get("measurements") or () if (s := _seconds(m)) is not None}
+        mean = sum(runs) / len(runs) if runs else None
+        time_s = next((measured[name] for name in wanted if name in measured), mean)
         compiled = times.get("compilation_time", times.get("compilation"))
         compile_s = compiled * 1e-3 if isinstance(compiled, int | float) else None
         status = Status.OK if time_s is not None else Status.FAILED_LAUNCH
-        rows.append(Row(config, time_s, time_s, status, "" if time_s else f"no {wanted}", runs, compile_s))
+        rows.append(Row(config, time_s, time_s, status, "" if time_s else "has no time", runs, compile_s))
     said = data.get("metadata")
     about: dict[str, Any] = said if isinstance(said, dict) else {}
     kernel, problem, device = (str(about.get(k, "")) for k in ("kernel", "problem", "device"))
-    return Tuning(kernel, problem, device, _axes(row.config for row in rows), rows, str(path))
+    return _tuning(path, kernel, problem, device, rows, {})
+
+
+def _seconds(measurement: dict[str, Any]) -> float | None:
+    """None for what is no time: Kernel Tuner writes GFLOP/s, of which more is better, without a unit."""
+    value: Any = measurement.get("value")
+    timed = re.search("time|latency|duration", str(measurement.get("name")).lower())
+    unit = str(measurement.get("unit") or ("ms" if timed else "")).lower()
+    return value * SECONDS[unit] if unit in SECONDS and _positive(value) else None
 
 
 def _triton(path: Path, data: dict[str, Any]) -> Tuning:
-    """`[config, [median, 20 %, 80 %]]` in ms; infinite for what did not run."""
-    rows = []
+    """`[config, [median, 20 %, 80 %]]` in ms; infinite for what did not run. What only some configs set, others leave
+    to the compiler: None."""
+    rows: list[Row] = []
     for pair in data["configs_timings"]:
         try:
             said, timing = pair
@@ -234,7 +266,9 @@ def _triton(path: Path, data: dict[str, Any]) -> Tuning:
         status = Status.OK if time_s else Status.FAILED_LAUNCH
         rows.append(Row(config, time_s, time_s, status, "" if time_s else "has no time"))
     name = path.name.removesuffix(".json").removesuffix(".autotune")
-    return Tuning(name, json.dumps(data.get("key", [])), "", _axes(row.config for row in rows), rows, str(path))
+    names = dict.fromkeys(axis for row in rows for axis in row.config)
+    rows = [replace(row, config={axis: row.config.get(axis) for axis in names}) for row in rows]
+    return _tuning(path, name, json.dumps(data.get("key", [])), "", rows, {})
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -326,7 +360,8 @@ def _as_vllm(tunings: Sequence[Tuning]) -> Iterable[tuple[str, Any]]:
         (_, first), *rest = problem.dims
         parts = [f"{name.upper()}={size}" for name, size in rest]
         parts += [f"{name}={value}" for name, value in problem.flags]
-        parts += [f"device_name={tuning.device.replace(' ', '_')}", f"dtype={problem.precision}"]
+        device = re.sub("[ /]", "_", tuning.device)
+        parts += [f"device_name={device}", f"dtype={problem.precision}"]
         folder = tuning.kernel.replace("/", "-") or problem.op
         name = f"{folder}/{','.join(parts)}.json"
         versions = tuning.about.get("toolchain") or {}

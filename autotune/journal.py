@@ -111,9 +111,9 @@ class Journal:
             say(f"{path}: {damaged} cut or damaged line{'s' * (damaged > 1)} skipped")
         if ours:
             say(f"{path}: {self.resumed} configs measured before are not measured again")
-        else:
-            if other := self._other(lines):
-                say(f"{path}: starts afresh, earlier outcomes are for {other}")
+        elif other := self._other(lines):
+            say(f"{path}: starts afresh, earlier outcomes are for {other}")
+        if not any(line.get("event") == "start" for line in ours):  # none yet, or it was damaged: readers look for it
             start = {"kind": "tune", "event": "start", "schema": SCHEMA, "key": self.key, "what": what}
             self.log.append(start | {"unix_time": time.time()})
 

@@ -66,15 +66,16 @@ def constraint(text: str) -> Callable[[Config], bool]:
     axis, sign, given = match[1], match[2], match[3]
     compare = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "!=": operator.ne}
     number = float(given) if re.fullmatch(r"-?\d+(\.\d+)?", given) else None
-    if number is None and sign not in ("=", "==", "!="):
+    exact = sign in ("=", "==", "!=")
+    if number is None and not exact:
         raise UsageError(f"constraint '{text}': {given} is not a number, so {sign} means nothing")
 
     def rule(config: Config) -> bool:
         if axis not in config:
             return True
         value = config[axis]
-        if number is None:
-            return bool(compare.get(sign, operator.eq)(str(value).lower(), given.lower()))
-        return isinstance(value, int | float) and bool(compare.get(sign, operator.eq)(value, number))
+        if number is not None and isinstance(value, int | float):
+            return bool(compare.get(sign, operator.eq)(value, number))
+        return exact and bool(compare.get(sign, operator.eq)(str(value).lower(), given.lower()))
 
     return rule

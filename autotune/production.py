@@ -15,7 +15,7 @@ from rooftune import registry
 from rooftune.autotune.dispatch import choose
 from rooftune.autotune.inprocess import build, layout, problem_of, where_is, words
 from rooftune.autotune.runtime import Kernel
-from rooftune.core import PRECISIONS, Problem
+from rooftune.core import PRECISIONS, Problem, UsageError
 
 KEPT = 4096  # kernels of one process; a program with endlessly many shapes drops the oldest
 _kernels: dict[Any, Kernel] = {}
@@ -45,7 +45,7 @@ def best(
         precision: where the tensors' type does not say it (tf32 is float32).
         flags: of the operator, such as `causal=True`, `transpose="nt"`.
     Raises:
-        UsageError: no such problem, or tensors that do not fit the operator.
+        UsageError: no such problem, tensors that do not fit it, or flags beside a problem, which has its own.
     """
     # A kernel may own workspaces, so a thread never gets another thread's.
     key = (what, device, precision, threads, get_ident(), *flags.items())
@@ -74,7 +74,14 @@ def _choose(
     flags: dict[str, str | bool],
 ) -> Kernel:
     text = what if isinstance(what, str) else str(what)
-    asked = registry.problem(text) if "[" in text else problem_of(text, tensors, flags, precision)
+    if "[" not in text:
+        asked = problem_of(text, tensors, flags, precision)
+    else:
+        asked = registry.problem(text)
+        if flags or precision not in (None, asked.precision):
+            raise UsageError(f"{text} has its flags and precision; name the operator alone to give others")
+        if tensors and problem_of(asked.op, tensors, dict(asked.flags), asked.precision) != asked:
+            raise UsageError(f"{text} is not for tensors of shape {', '.join(str(list(t.shape)) for t in tensors)}")
     choice = choose(asked, device or where_is(tensors), threads)
     return build(asked, choice.use.impl, choice.use.config, choice.use.why)
 
@@ -90,7 +97,7 @@ def call(op: str, *tensors: Any, precision: str | None = None, **flags: Any) -> 
     Raises:
         UsageError: no such operator, or tensors that do not fit it.
     """
-    if not _is_compiling():
+    if not _is_compiling() and _forward_ad._current_level < 0:
         key = (op, None, precision, None, get_ident(), *flags.items())  # as in `best`, without its second walk
         for t in tensors:
             if (t.requires_grad and _is_grad_enabled()) or type(t) not in _PLAIN or not t.is_contiguous():
@@ -98,6 +105,10 @@ def call(op: str, *tensors: Any, precision: str | None = None, **flags: Any) -> 
             key += (t.shape, t.dtype, t.device)
         else:  # nobody but the kernel has to know about the call
             return (_kernels.get(key) or best(op, *tensors, precision=precision, **flags)).fresh(*tensors)
+    if _forward_ad._current_level >= 0 and any(_forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise UsageError(
+            f"{op} has no forward-mode derivatives; use torch's own call for them"
+        )  # hidden in the tensors
     return getattr(_torch.ops.rooftune, op).default(list(tensors), _text(flags), precision or "")
 
 
@@ -176,10 +187,30 @@ def _backward(op: str, ctx: Any, gradient: Any) -> tuple[Any, None, None]:
 
     back = getattr(torch.ops.rooftune, f"{op}_gradients")
     found = back(gradient, list(ctx.saved_tensors), ctx.flags, ctx.precision)
+    if torch.is_grad_enabled():  # create_graph=True: someone may differentiate them
+        found = [_once().apply(g, gradient, *ctx.saved_tensors) for g in found]
     return found, None, None
+
+
+@cache
+def _once() -> Any:
+    """Lets a gradient through, and refuses to be differentiated: torch would warn and go on with zeros."""
+    import torch
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, found: Any, *inputs: Any) -> Any:
+            return found.detach()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise UsageError("no second derivatives; where gradients are differentiated, use torch's own call")
+
+    return Once
 
 
 _library = _register()  # owns the definitions: they go when it goes
 _torch = importlib.import_module("torch")  # `call` cannot afford an import statement: 0.4 us
 _PLAIN = (_torch.Tensor, _torch.nn.Parameter)
+_forward_ad = _torch.autograd.forward_ad
 _is_compiling, _is_grad_enabled = _torch.compiler.is_compiling, _torch.is_grad_enabled

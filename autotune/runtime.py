@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,11 @@ class Kernel:
             # A kernel writes to addresses: a wrong tensor would be silent damage, and this costs 0.3 us each.
             if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
                 raise UsageError(f"{self.problem}: {_seen(tensor)}, expected contiguous {list(shape)} {dtype}")
+        spans = self.spare.get("bytes") or self.spare.setdefault("bytes", _bytes(self.tensors))
+        start = out.data_ptr()
+        for tensor, span in zip(inputs, spans[1:], strict=True):
+            if start < (at := tensor.data_ptr()) + span and at < start + spans[0]:  # read again after it was written
+                raise UsageError(f"{self.problem}: out shares memory with an input")
         result = self.run(out, *inputs)
         if result is not None:
             out.copy_(joined(result, out))
@@ -104,6 +110,10 @@ class Kernel:
         if spare is None:  # it allocates its result: from now on it gets an empty tensor of that type
             self.spare["out"] = out[:0]
         return joined(result, out)
+
+
+def _bytes(tensors: Sequence[tuple[Any, Any]]) -> list[int]:
+    return [math.prod(shape) * dtype.itemsize for shape, dtype in tensors]
 
 
 def _seen(tensor: Any) -> str:
@@ -160,15 +170,19 @@ def keeping_settings(build: Callable[[], Run], rounds_products: bool) -> Run:
     A competitor in a worker owns the process and sets what it needs for good (no gradients, exact fp32
     products, one backend of attention); in a user's process the same would change the user's results.
     What the build sets is set for each call, what the first call changes is put back after each; to look at
-    all eight every time costs 14 us.
+    all eight every time costs 14 us. The user's autocast is off inside: torch.nn's attention would round fp32
+    inputs to bf16 and return that, and an fp32 problem is an fp32 problem.
 
     Args:
         rounds_products: the result depends on how fp32 products are rounded, whatever the build changed.
     """
+    import torch
+
     settings = _settings()
     users = [read() for read, _ in settings]
     try:
-        run = build()
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            run = build()
     finally:
         ours = [read() for read, _ in settings]
         _restore(settings, users)
@@ -179,9 +193,13 @@ def keeping_settings(build: Callable[[], Run], rounds_products: bool) -> Run:
         if number and (value != before or (rounds_products and number == 1))
     ]
     moved: list[Setting] | None = None
+    is_autocast = torch.is_autocast_enabled
 
     def guarded(out: Any, *inputs: Any) -> Any:
         nonlocal moved
+        if is_autocast(place := out.device.type):
+            with torch.autocast(place, enabled=False):
+                return guarded(out, *inputs)
         undo = [(write, read()) for read, write in (settings if moved is None else moved)]
         for read, write, value in needed:
             if (now := read()) != value:

@@ -59,7 +59,9 @@ def _choose(op: str, tensors: Sequence[Any], precision: str | None, flags: dict[
     asked = {k: "1" if v is True else str(v) for k, v in flags.items() if v is not False}
     kind = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
     for form in forms:
-        named = form["precision"] == precision if precision else form["inputs"][0][0] == kind
+        # tf32 is for those who ask for it: its tensors are float32, as fp32's are
+        plain = form["inputs"][0][0] == kind and form["precision"] != "tf32"
+        named = form["precision"] == precision if precision else plain
         if named and form["flags"] == asked:
             break
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -130,6 +129,14 @@ class Table:
             body = {"schema": SCHEMA, "entries": [asdict(e) for e in [*kept, entry]]}
             store.atomic_write(self.path, json.dumps(body, indent=1, allow_nan=False) + "\n")
 
+    def drop(self, entry: Entry) -> None:
+        """Take an entry out again, if it is still as given: its config did not beat the default another time."""
+        with self._locked():
+            entries = self.entries()
+            if entry in entries:
+                body = {"schema": SCHEMA, "entries": [asdict(e) for e in entries if e != entry]}
+                store.atomic_write(self.path, json.dumps(body, indent=1, allow_nan=False) + "\n")
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         lock = self.path.with_name(f".{self.path.name}.lock")
@@ -193,6 +200,7 @@ def rule_key(impl: Impl, device: dict[str, Any], threads: int) -> dict[str, Any]
     }
 
 
+MOST, YEAR_9999 = 1e300, 253402300800  # beyond are no figures of ours, nor dates
 _NUMBERS = ("time_s", "default_time_s", "speedup")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("op", "problem", "precision", "impl", "source_hash", "journal"), str),
@@ -209,10 +217,16 @@ def _entry(data: Any, where: str) -> Entry:
     for key, kind in _TYPES.items():
         if not isinstance(data.get(key), kind) or isinstance(data.get(key), bool):
             raise UsageError(f"{where}: field '{key}' is {data.get(key)!r:.40}")
+    if not 0 <= data["unix_time"] < YEAR_9999:
+        raise UsageError(f"{where}: field 'unix_time' is {data['unix_time']!r:.40}")
     for key in _NUMBERS:
-        if not (math.isfinite(data[key]) and data[key] > 0):
-            raise UsageError(f"{where}: field '{key}' is {data[key]!r}, expected a positive number")
+        if not 0 < data[key] < MOST:
+            raise UsageError(f"{where}: field '{key}' is {data[key]!r:.40}, expected a positive number")
+    try:
+        Problem.parse(data["problem"])
+    except UsageError as error:
+        raise UsageError(f"{where}: field 'problem': {error}") from error
     interval = data["speedup_ci"]
-    if len(interval) != 2 or not all(isinstance(x, int | float) and math.isfinite(x) for x in interval):
+    if len(interval) != 2 or not all(isinstance(x, int | float) and abs(x) < MOST for x in interval):
         raise UsageError(f"{where}: field 'speedup_ci' is {interval!r:.40}, expected two numbers")
     return Entry(**{"rel_fro": None, **{k: v for k, v in data.items() if k in {f.name for f in fields(Entry)}}})

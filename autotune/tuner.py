@@ -175,7 +175,11 @@ def conclude(
     budget: Budget | None = None,
     energy: bool = False,
 ) -> TuneResult:
-    """The final of a job's search, unless its journal holds one about the same outcomes; a winner enters the table."""
+    """The final of a job's search, unless its journal holds one about the same outcomes; a winner enters the table.
+
+    An older entry for the same config leaves it, if fresh rounds say that it does not beat the default: whoever tunes
+    until something wins would otherwise fill the table by luck.
+    """
     journal = job.journal
     if journal.final is not None and journal.final.get("objective", "time") == objective:
         if budget is None or not budget.left(journal):
@@ -186,9 +190,19 @@ def conclude(
     else:
         result = _conclude(job, objective, energy)
         journal.finish(result.as_json())
+        if not result.better and result.speedup_ci is not None and (objective, result.cache) == ("time", "hot"):
+            _withdraw(table or Table(), job, result)
     if result.enters:
         (table or Table()).put(entry(result, job.problem, job.what))
     return result
+
+
+def _withdraw(table: Table, job: Job, result: TuneResult) -> None:
+    """Take out the entry that claims what a new final did not find again."""
+    found = table.lookup(job.impl, job.problem, job.what["device"], job.what["threads"]).entry
+    if found is not None and found.config == result.winner and found.default == result.default:
+        table.drop(found)
+        job.event("table", f"an older entry is withdrawn: {canonical(found.config)} did not beat the default again")
 
 
 def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:

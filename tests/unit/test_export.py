@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import subprocess
@@ -135,6 +136,35 @@ def test_an_export_replaces_its_own_folder_only(tmp_path: Path) -> None:
         export.write(tmp_path, [], here, 1)
     with pytest.raises(UsageError, match="lower-case"):
         export.write(tmp_path, choices, here, 1, "my-kernels")
+
+
+def test_an_export_never_replaces_a_readme_of_the_users(tmp_path: Path) -> None:
+    here = device.find("cpu")
+    choices, _ = export.winners([raced("softmax[m=8,n=64]", 1.5)], here, 1)
+    (tmp_path / "README.md").write_text("# my project\n")
+    with pytest.raises(UsageError, match=r"README.md exists and is no export of ours"):
+        export.write(tmp_path, choices, here, 1)
+    assert not (tmp_path / export.NAME).exists()
+    assert (tmp_path / "README.md").read_text() == "# my project\n"
+
+
+def test_float32_tensors_are_fp32_wherever_tf32_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def form(precision: str) -> dict[str, Any]:
+        pairs = [["float32", ["m", "k"]], ["float32", ["k", "n"]]]
+        return {"precision": precision, "flags": {}, "inputs": pairs, "output": ["float32", ["m", "n"]]}
+
+    torch = {"impl": "gemm/torch", "module": "kernels.gemm.torch", "torch": True, "products": True}
+    about = {"dims": ["m", "n", "k"], "torch": torch, "forms": [form("tf32"), form("fp32")]}
+    monkeypatch.setattr(standalone, "table", lambda: {"operators": {"gemm": about}, "winners": {}})
+    asked: list[str] = []
+    monkeypatch.setattr(standalone, "_build", lambda problem, *rest: asked.append(problem.precision))
+    a = importlib.import_module("torch").zeros(4, 4)
+    standalone._choose("gemm", (a, a), None, {})
+    standalone._choose("gemm", (a, a), "tf32", {})
+    assert asked == ["fp32", "tf32"]
+    about["forms"] = [form("tf32")]
+    with pytest.raises(UsageError, match="was not exported; there is: tf32"):
+        standalone._choose("gemm", (a, a), None, {})
 
 
 def unbound(tree: ast.Module) -> set[str]:

@@ -95,6 +95,73 @@ def test_t4_of_two_writers(tmp_path: Path) -> None:
     assert tuning.rows[2].status == Status.TIMEOUT
 
 
+def cache(entries: dict[str, Any], **changes: Any) -> str:
+    return json.dumps({**CACHE, "cache": entries, **changes})
+
+
+@pytest.mark.parametrize("time", [1e20, sys.float_info.max, 10**400, "", "3.5", None, True])
+def test_what_is_no_time_is_a_failure(tmp_path: Path, time: Any) -> None:
+    """Kernel Tuner's value for a failure was 1e20 before it had error classes."""
+    path = tmp_path / "cache.json"
+    path.write_text(cache({"32,1": {"block_size_x": 32, "vector": 1, "time": time}}))
+    (row,) = load(path)[0].rows
+    assert (row.time_s, row.status) == (None, Status.FAILED_LAUNCH)
+
+
+def test_an_axis_may_have_values_that_sound_like_failures(tmp_path: Path) -> None:
+    """OpenMP's schedule is one of static, dynamic, runtime."""
+    path = tmp_path / "cache.json"
+    entry = {"schedule": "runtime", "time": 1.0}
+    path.write_text(cache({"runtime": entry}, tune_params_keys=["schedule"], tune_params={"schedule": ["runtime"]}))
+    assert load(path)[0].rows[0].status == Status.OK
+
+
+def test_values_that_are_equal_are_one_and_undeclared_ones_count(tmp_path: Path) -> None:
+    path = tmp_path / "cache.json"
+    entries = [{"block_size_x": b, "vector": v, "time": b * (1.0 + v)} for b, v in ((64, True), (32.0, 1), (48, 4))]
+    path.write_text(cache({str(i): entry for i, entry in enumerate(entries)}))
+    (tuning,) = load(path)
+    assert tuning.axes == {"block_size_x": [32, 48, 64, 128], "vector": [1, 4]}
+    assert json.dumps([row.config["vector"] for row in tuning.rows]) == "[1, 1, 4]"
+    assert simulate.replay(tuning, "exhaustive").shares[-1] == 1.0
+
+
+def test_damage_in_the_middle_of_a_large_cache_is_found_at_once(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "cache.json"
+    entries = {str(i): {"block_size_x": i, "vector": 1, "time": 1.0} for i in range(20_000)}
+    head, tail = cache(entries).split('"10000": ')
+    path.write_text(f'{head}"10000": #{tail}')
+    tries: list[int] = []
+    whole = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: (tries.append(1), whole(text))[1])
+    assert len(load(path)[0].rows) == 10_000
+    assert len(tries) < 5  # not one for every entry behind it: that took minutes
+
+
+def test_a_rate_is_no_time(tmp_path: Path) -> None:
+    """Kernel Tuner's T4 names GFLOP/s as the objective, without a unit."""
+    path = tmp_path / "t4.json"
+
+    def result(n: int, **timed: Any) -> dict[str, Any]:
+        rate = {"name": "GFLOP/s", "value": 100.0 * n, "unit": ""}
+        said = [rate, {"name": "time", "value": 6.0 / n, "unit": "ms"}] if not timed else [rate]
+        out = {"configuration": {"b": n}, "invalidity": "correct", "correctness": 1, "objectives": ["GFLOP/s"]}
+        return {**out, "times": timed, "measurements": said}
+
+    path.write_text(json.dumps({"results": [result(1), result(3), result(4, runtimes=[1.0, 2.0]), result(5, x=0)]}))
+    (tuning,) = load(path)
+    assert [row.time_s for row in tuning.rows] == [pytest.approx(t) for t in (6e-3, 2e-3, 1.5e-3)] + [None]
+
+
+def test_what_only_some_of_tritons_configs_set_is_none_in_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "matmul.autotune.json"
+    plain, limited = ({"kwargs": {"B": 1}, "num_warps": 4, "maxnreg": n} for n in (None, 64))
+    path.write_text(json.dumps({"key": [], "configs_timings": [[plain, [2.0]], [limited, [1.0]]]}))
+    (tuning,) = load(path)
+    assert [row.config["maxnreg"] for row in tuning.rows] == [None, 64]
+    assert simulate.replay(tuning, "exhaustive").shares == [0.5, 1.0]
+
+
 def test_tritons_autotune_file(tmp_path: Path) -> None:
     def config(block: int, warps: int) -> dict[str, Any]:
         rest = {"num_ctas": 1, "num_stages": 3, "maxnreg": None, "pre_hook": None, "ir_override": None}
@@ -111,7 +178,13 @@ def test_tritons_autotune_file(tmp_path: Path) -> None:
 
 NO_TUNINGS = (
     "", "[]", "{}", "null", '{"cache": 3', '{"results": [{}]}', '{"results": []}', '{"configs_timings": [3]}',
-    '{"cache": {"a": {}}, "tune_params_keys": ["x"]}',
+    '{"cache": {"a": {}}, "tune_params_keys": ["x"]}', '{"cache": [], "tune_params_keys": []}', '{"results": 3}',
+    '{"cache": {"1": {"x": 1, "time": 1, "times": 2}}, "tune_params_keys": ["x"]}', '{"configs_timings": 3}',
+    '{"cache": {"1": {"x": [1], "time": 1}}, "tune_params_keys": ["x"]}',
+    '{"cache": {"1": {"x": NaN, "time": 1}}, "tune_params_keys": ["x"]}',
+    '{"cache": {"1": {"x": 1, "time": 1}}, "tune_params_keys": ["x"], "tune_params": [3]}',
+    '{"results": [{"configuration": {"a": 1}, "invalidity": "correct", "times": null}]}',
+    '{"results": [{"configuration": {"a": 1}, "invalidity": "correct", "times": {}, "measurements": ["x"]}]}',
 )  # fmt: skip
 
 
@@ -153,6 +226,13 @@ def test_ours_survive_the_way_through_another_format(tmp_path: Path, tuned: Path
         assert theirs.time_s == (None if mine.time_s is None else pytest.approx(mine.time_s))
         assert theirs.status == mine.status
     assert write(form, [ours, ours], tmp_path / "two")[0] != write(form, [ours, ours], tmp_path / "two")[1]
+
+
+def test_a_device_name_makes_no_folders(tmp_path: Path) -> None:
+    row = Row({"block_m": 64}, 1e-3, 1e-3)
+    tuning = Tuning("gemm/triton", "gemm[m=64,n=64,k=64]", "../A/B 9", {"block_m": [64]}, [row], "x")
+    (path,) = write("vllm", [tuning], tmp_path / "out")
+    assert path.parent == tmp_path / "out" / "gemm-triton"
 
 
 def test_vllm_tables_hold_what_was_decided(tmp_path: Path) -> None:

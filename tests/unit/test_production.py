@@ -89,6 +89,67 @@ def test_a_kernel_refuses_tensors_it_would_misread(out: torch.Tensor, x: torch.T
         kernel(out)
 
 
+def test_out_must_not_share_memory_with_an_input() -> None:
+    """torch.mm(a, b, out=a) computes garbage without a word; a kernel in several passes would as well."""
+    kernel = rooftune.best("gemm[m=4,n=4,k=4]", device="cpu")
+    both, b = torch.randn(32), torch.randn(4, 4)
+    a = both[:16].view(4, 4)
+    for out in (a, both[12:28].view(4, 4), b):
+        with pytest.raises(UsageError, match="out shares memory with an input"):
+            kernel(out, a, b)
+    kernel(both[16:].view(4, 4), a, b)
+    assert torch.allclose(both[16:].view(4, 4), a @ b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("op", "made", "options", "text"),
+    [
+        ("gemm", [torch.randn(8, 8), torch.randn(8, 8).bfloat16()], {}, "tensor 1 is bfloat16, expected float32"),
+        ("gemm", [torch.randn(8, 8).bfloat16()] * 2, {"precision": "fp32"}, "tensor 0 is bfloat16, expected float32"),
+        ("gemm", [torch.randn(8, 8), torch.empty(8, 8, device="meta")], {}, "tensor 1 is on meta, another on cpu"),
+        ("softmax[m=64,n=32]", [torch.randn(8, 8)], {}, r"not for tensors of shape \[8, 8\]"),
+        ("attention[b=1,h=1,sq=8,d=8]", [], {"causal": True}, "has its flags"),
+        ("softmax[m=64,n=32]", [], {"precision": "bf16"}, "has its flags and precision"),
+    ],
+)
+def test_tensors_that_a_kernel_would_misread_have_none(op: str, made: Any, options: Any, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        rooftune.best(op, *made, **options)
+    if made:
+        with pytest.raises(UsageError, match=text):
+            rooftune.call(op, *made, **options)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_changes_neither_type_nor_values(inside: bool) -> None:
+    _, (q, k, v) = tensors("attention[b=1,h=2,sq=8,d=16]")
+    out, right = torch.empty_like(q), scaled_dot_product_attention(q, k, v)
+    kernel = None if inside else rooftune.best("attention", q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        kernel = kernel or rooftune.best("attention", q, k, v)
+        assert kernel.impl == "attention/torch"
+        kernel(out, q, k, v)
+        y = rooftune.call("attention", q, k, v)
+        assert torch.is_autocast_enabled("cpu")
+    assert y.dtype == torch.float32
+    assert max(float((out - right).abs().max()), float((y - right).abs().max())) < 1e-5
+
+
+def test_derivatives_that_it_does_not_have_are_refused_and_not_zero() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(rooftune.call("softmax", x).pow(3).sum(), x, create_graph=True)
+    (right,) = torch.autograd.grad(torch.softmax(x, -1).pow(3).sum(), x)
+    assert torch.allclose(first, right, atol=1e-6)
+    with pytest.raises(UsageError, match="no second derivatives"):
+        first.pow(2).sum().backward()
+    rooftune.call("softmax", x.detach())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(4, 8))
+        with pytest.raises(UsageError, match="no forward-mode derivatives"):
+            rooftune.call("softmax", dual)
+        assert rooftune.call("softmax", x.detach()).shape == (4, 8)
+
+
 def settings() -> list[Any]:
     cuda = torch.backends.cuda
     sdp = [cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled()]

@@ -97,6 +97,20 @@ def test_a_new_search_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drive("backwards", SMALL, [1.0] * len(SMALL), 0)[0] == len(SMALL) - 1
 
 
+@pytest.mark.parametrize("name", [n for n in search.names() if n != "tpe"])
+def test_spaces_of_odd_values_and_of_none(name: str) -> None:
+    """Values that are equal but of other types, and a space that constraints left empty."""
+
+    table = types.SimpleNamespace(keys=("a", "b"), values={"a": [1, True, 1.0, "1", None], "b": [0, False]})
+    table.idx = np.array([(i, j) for i in range(5) for j in range(2)])
+    seen: list[int] = []
+    search.replay(table, lambda row: seen.append(row), 50, 0, name)
+    assert sorted(seen) == list(range(10))
+    table.idx = np.zeros((0, 2), dtype=int)
+    search.replay(table, lambda row: seen.append(row), 50, 0, name)
+    assert len(seen) == 10
+
+
 def test_space_rows_and_configs() -> None:
     assert SMALL.row(SMALL.config(5)) == 5
     with pytest.raises(KeyError):

@@ -108,7 +108,19 @@ def test_a_file_that_is_no_table_is_one_clear_line(table: Table, text: str, why:
     assert table.path.read_text() == text  # what cannot be read is not overwritten
 
 
-@pytest.mark.parametrize(("field", "value"), [("speedup", -1), ("time_s", "fast"), ("speedup_ci", [1]), ("config", [])])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("speedup", -1),
+        ("time_s", "fast"),
+        ("time_s", 10**400),
+        ("speedup_ci", [1]),
+        ("speedup_ci", [1, 10**400]),
+        ("config", []),
+        ("unix_time", float("nan")),
+        ("problem", "softmax[m=0]"),
+    ],
+)
 def test_bad_fields_are_named(table: Table, field: str, value: object) -> None:
     table.put(entry())
     data = json.loads(table.path.read_text())

@@ -94,6 +94,12 @@ def test_one_budget_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert counts[1] > counts[0]
 
 
+def test_a_weight_of_no_problem_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran(*SHAPES[:2], "--budget", "4", "--weight", "softmax[m=64,n=127]=2") == ExitCode.USAGE
+    assert "softmax[m=64,n=127,fp32]: that problem is not among those to tune" in capsys.readouterr().err
+    assert Sitting.fakes == []
+
+
 @pytest.mark.parametrize("precisions", [[], ["--max-error", "1e-2"]])
 def test_it_times_as_it_is_told_to(precisions: list[str]) -> None:
     how = ["--cache", "cold", "--clock", "cpu", "--threads", "1", "--samples", "3", "--min-sample-ms", "0.5"]

@@ -61,6 +61,22 @@ def test_no_entry_where_nothing_beats_the_default(tmp_path: Path) -> None:
     assert Table(tmp_path / "tuned.json").entries() == []
 
 
+def test_what_does_not_win_again_leaves_the_table(tmp_path: Path) -> None:
+    """`tune` says "the default stays": then no older entry may make `best` use the config after all."""
+    table, said = Table(tmp_path / "tuned.json"), []
+    assert run(FakeLab(), tmp_path / "j.jsonl", "48").better
+    (entry,) = table.entries()
+    slower = FakeLab(cost=lambda config: 2e-3 if config not in (BEST, DEFAULT) else 1e-3)
+    again = run(slower, tmp_path / "k.jsonl", "48", objective="time", event=lambda kind, text: said.append(text))
+    assert (again.winner, again.better) == (BEST, False)
+    assert table.entries() == []
+    assert any("an older entry is withdrawn" in text for text in said)
+    table.put(entry)
+    other = FakeLab(cost=lambda config: 2e-3 if config == BEST else 1e-3)  # not the one that was compared
+    assert run(other, tmp_path / "l.jsonl", "48").winner != BEST
+    assert table.entries() == [entry]
+
+
 def test_false_winners_are_rarer_than_the_interval_promises(tmp_path: Path) -> None:
     wrong = 0
     for seed in range(20):
@@ -221,6 +237,9 @@ def test_constraints_are_read_and_refused() -> None:
     assert constraint("call=sdpa")({"call": "sdpa"})
     assert constraint("swizzle=true")({"swizzle": True})
     assert constraint("other>3")({"block_m": 1})
+    assert constraint("split!=4")({"split": None})  # None is not 4
+    assert not constraint("split<4")({"split": None})
+    assert constraint("mode=4")({"mode": "4"})
     for bad in ("block_m", "block_m<=big", "<=3", "__import__('os')"):
         with pytest.raises(UsageError):
             constraint(bad)

@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_lab import BEST, HERE, IMPL, FakeLab, config_lines, run
 
-from rooftune.autotune import journal
+from rooftune.autotune import formats, journal
 from rooftune.results.store import Log
 
 
@@ -107,3 +107,27 @@ def test_the_key_names_all_that_a_time_depends_on(tmp_path: Path) -> None:
     assert "torch" in start["what"]["toolchain"]
     assert start["what"]["device"] == HERE
     assert {"problem", "space", "search", "seed", "threads", "timing"} <= set(start["what"])
+
+
+def test_a_damaged_start_line_is_written_again(tmp_path: Path) -> None:
+    """The outcomes behind it are whole and are resumed; without it they could be neither replayed nor exported."""
+    path = tmp_path / "j.jsonl"
+    run(FakeLab(), path, "12")
+    damaged = bytearray(path.read_bytes())
+    damaged[30] ^= 1
+    path.write_bytes(damaged)
+    assert run(FakeLab(), path, "12").resumed == 12
+    assert len(formats.load(path)[0].rows) == 12
+
+
+def test_lines_of_another_schema_and_a_second_writers_are_read_as_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    run(FakeLab(), path, "6")
+    (again,) = [x for x in Log(path).read()[0] if x["event"] == "config"][3:4]
+    Log(path).append(again | {"trial": again["trial"] | {"time_s": 5.0, "ratio": 7.0}})
+    Log(path).append({"kind": "tune", "event": "start", "schema": 2, "key": "f", "what": "later"})
+    Log(path).append({"kind": "tune", "event": "config", "schema": 2, "key": "f", "trial": 3})
+    (tuning,) = formats.load(path)
+    assert [row.value for row in tuning.rows][3] == 7.0
+    assert len(tuning.rows) == 6
+    assert run(FakeLab(), path, "6").resumed == 6
