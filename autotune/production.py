@@ -15,7 +15,7 @@ from rooftune import registry
 from rooftune.autotune.dispatch import choose
 from rooftune.autotune.inprocess import build, layout, problem_of, where_is, words
 from rooftune.autotune.runtime import Kernel
-from rooftune.core import PRECISIONS, Problem
+from rooftune.core import PRECISIONS, Problem, UsageError
 
 KEPT = 4096  # kernels of one process; a program with endlessly many shapes drops the oldest
 _kernels: dict[Any, Kernel] = {}
@@ -45,7 +45,8 @@ def best(
         precision: where the tensors' type does not say it (tf32 is float32).
         flags: of the operator, such as `causal=True`, `transpose="nt"`.
     Raises:
-        UsageError: no such problem, or tensors that do not fit the operator.
+        UsageError: no such problem, tensors that do not fit the operator, or a problem that is written out with a
+            precision or flags beside it.
     """
     # A kernel may own workspaces, so a thread never gets another thread's.
     key = (what, device, precision, threads, get_ident(), *flags.items())
@@ -74,6 +75,8 @@ def _choose(
     flags: dict[str, str | bool],
 ) -> Kernel:
     text = what if isinstance(what, str) else str(what)
+    if "[" in text and (precision or flags):
+        raise UsageError(f"{text} says its precision and flags itself; {', '.join(flags) or precision} is one too many")
     asked = registry.problem(text) if "[" in text else problem_of(text, tensors, flags, precision)
     choice = choose(asked, device or where_is(tensors), threads)
     return build(asked, choice.use.impl, choice.use.config, choice.use.why)
@@ -98,11 +101,14 @@ def call(op: str, *tensors: Any, precision: str | None = None, **flags: Any) -> 
             key += (t.shape, t.dtype, t.device)
         else:  # nobody but the kernel has to know about the call
             return (_kernels.get(key) or best(op, *tensors, precision=precision, **flags)).fresh(*tensors)
+        registry.op(op)  # says which there are
     return getattr(_torch.ops.rooftune, op).default(list(tensors), _text(flags), precision or "")
 
 
 def _text(flags: dict[str, str | bool]) -> str:
-    return ",".join(name if value is True else f"{name}={value}" for name, value in flags.items() if value is not False)
+    return ",".join(
+        name if value is True else f"{name}={value}" for name, value in flags.items() if value not in (False, None)
+    )
 
 
 @cache

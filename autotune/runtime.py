@@ -42,12 +42,17 @@ class Layout:
         """The operator's sizes, read off its input tensors.
 
         Raises:
-            UsageError: not as many tensors, or shapes that contradict the operator or each other.
+            UsageError: not as many tensors, of another type, on several devices, or shapes that contradict the operator
+                or each other. A kernel that is found by them trusts them.
         """
         if len(self.inputs) != len(tensors):
             raise UsageError(f"{op} takes {len(self.inputs)} tensors with these flags, not {len(tensors)}")
         sizes: dict[str, int] = {}
         for number, (place, tensor) in enumerate(zip(self.inputs, tensors, strict=True)):
+            wanted = f"torch.{place.dtype}", tensors[0].device
+            if (str(tensor.dtype), tensor.device) != wanted:
+                given = f"{tensor.dtype} on {tensor.device}"
+                raise UsageError(f"{op}: tensor {number} is {given}, expected {wanted[0]} on {wanted[1]}")
             if len(place.dims) != tensor.dim():
                 raise UsageError(f"{op}: tensor {number} has {tensor.dim()} dimensions, expected {len(place.dims)}")
             for dim, size in zip(place.dims, tensor.shape, strict=True):

@@ -89,6 +89,51 @@ def test_a_kernel_refuses_tensors_it_would_misread(out: torch.Tensor, x: torch.T
         kernel(out)
 
 
+F32, B16 = torch.randn(8, 8), torch.randn(8, 8).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "how", "words"),
+    [
+        ("gemm", (F32, B16), {}, "tensor 1 is torch.bfloat16 on cpu, expected torch.float32 on cpu"),
+        ("layernorm", (B16, F32[0], F32[1]), {}, "tensor 1 is torch.float32 on cpu, expected torch.bfloat16"),
+        ("softmax", (F32,), {"precision": "bf16"}, "tensor 0 is torch.float32 on cpu, expected torch.bfloat16"),
+        ("gemm", (F32, F32.to("meta")), {}, "tensor 1 is torch.float32 on meta, expected torch.float32 on cpu"),
+    ],
+)
+def test_tensors_of_several_types_are_refused(op: str, given: tuple[Any, ...], how: dict[str, str], words: str) -> None:
+    """A kernel gets addresses: of two bytes a number it would read four, beyond the tensor's end."""
+    for requires in (False, True):  # also as a custom op
+        with pytest.raises(UsageError, match=words):
+            rooftune.call(op, *(t.detach().requires_grad_(requires) for t in given), **how)
+
+
+def test_a_name_that_is_none_is_told_with_gradients_too() -> None:
+    for requires in (False, True):
+        with pytest.raises(UsageError, match="unknown op 'softmx'; known: attention, "):
+            rooftune.call("softmx", torch.randn(8, 8, requires_grad=requires))
+
+
+def test_flags_that_are_off_are_none() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    for off in (False, 0, None):
+        assert rooftune.best("attention", q, q, q, causal=off).problem.flags == ()
+        assert rooftune.call("attention", q.clone().requires_grad_(), q, q, causal=off).shape == q.shape
+
+
+def test_a_problem_written_out_takes_no_precision_beside_it() -> None:
+    for how in ({"precision": "bf16"}, {"causal": True}):
+        with pytest.raises(UsageError, match="says its precision and flags itself"):
+            rooftune.best("softmax[m=8,n=8,fp32]", **how)
+
+
+def test_the_python_face_refuses_what_does_not_fit() -> None:
+    with pytest.raises(UsageError, match="softmax/numba computes softmax, and gemm"):
+        rooftune.tune("softmax/numba", "gemm[m=8,n=8,k=8,fp32]", "2")
+    with pytest.raises(UsageError, match="unknown competitor of softmax 'trch'"):  # one name is no list of letters
+        rooftune.run("softmax[m=8,n=8,fp32]", only="trch")
+
+
 def settings() -> list[Any]:
     cuda = torch.backends.cuda
     sdp = [cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled()]
