@@ -32,6 +32,8 @@ EXAMPLES = """examples:
 Every option can be set by the environment: --rounds 20 is ROOFTUNE_ROUNDS=20 (doctor --environment lists all).
 Exit codes: 0 ok, 1 regression or wrong result, 2 bad arguments or data, 3 inconclusive, 4 nothing ran here."""
 
+YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")  # what a variable says to an option without a value
+
 
 def _add_race_options(
     verb: argparse.ArgumentParser, metavar: str = "OP|PROBLEM", what: str = "operators (all), or softmax[m=64,n=512]"
@@ -93,6 +95,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; next: {self.prog} --help")
+
+    def parse_known_args(  # type: ignore[override]  # of its two forms this is the one used
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Reads the environment of the verb that was asked for: what another's options mean does not concern it."""
+        _environment_defaults(self)
+        return super().parse_known_args(args, namespace)
 
 
 def parser() -> Parser:
@@ -216,8 +225,6 @@ def parser() -> Parser:
     campaign.add_argument("--seed", type=int, default=0, help="of data and order")
     _add_device_options(campaign)
     _add_output_options(campaign)
-    for each in verbs.choices.values():
-        _environment_defaults(each)
     doctor.set_defaults(variables=lambda: _variables(verbs.choices))
     compare.set_defaults(unchosen=lambda: top.parse_args(["compare"]))
     return top
@@ -250,18 +257,31 @@ def _variables(verbs: Mapping[str, argparse.ArgumentParser]) -> dict[str, tuple[
 
 
 def _environment_defaults(verb: argparse.ArgumentParser) -> None:
-    """`ROOFTUNE_<FLAG>` sets the default of `--flag`; argparse converts a string default, `_parsed` checks choices."""
+    """`ROOFTUNE_<FLAG>` sets the default of `--flag`, and gives an option that must be given; empty is unset.
+
+    Raises:
+        UsageError: a value that the option would not take; the text names the variable.
+    """
     for action in verb._actions:
-        value = os.environ.get(f"ROOFTUNE_{action.dest.upper()}")
-        if value is None or not action.option_strings or action.dest == "help":
+        name = f"ROOFTUNE_{action.dest.upper()}"
+        value = os.environ.get(name)
+        if not value or not action.option_strings or action.dest == "help":
             continue
-        action.required = False
-        if isinstance(action.default, bool):
-            action.default = value.lower() in ("1", "yes", "true")
+        switch = isinstance(action, argparse._StoreTrueAction)
+        known = [*YES, *NO] if switch else action.choices
+        if known is not None and (value.lower() if switch else value) not in known:
+            raise UsageError(f"{name}={value}: choose from {', '.join(map(str, known))}")
+        if switch:
+            action.default = value.lower() in YES
         elif isinstance(action.default, list):
             action.default = value.split(os.pathsep)
         else:
-            action.default = value
+            try:
+                action.default = action.type(value) if callable(action.type) else value
+            except ValueError as error:
+                kind = getattr(action.type, "__name__", "value")
+                raise UsageError(f"{name}={value}: not {kind}; next: {verb.prog} --help") from error
+        action.required = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -307,10 +327,6 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     verb = verbs.get(chosen.verb or "", top)
     if others:
         _refuse(verb, others[0].partition("=")[0])
-    for action in verb._actions:  # argparse does not check defaults: these came from the environment
-        value = getattr(chosen, action.dest, None)
-        if action.option_strings and action.choices is not None and value not in action.choices:
-            raise UsageError(f"ROOFTUNE_{action.dest.upper()}={value}: choose from {', '.join(action.choices)}")
     return chosen
 
 

@@ -106,11 +106,12 @@ def write(folder: Path, choices: Sequence[Choice], device: devices.Device, threa
     files["table.json"] = json.dumps(table, indent=1, allow_nan=False) + "\n"
     for old in sorted(target.rglob("*")) if target.exists() else ():
         if old.is_file():  # of the earlier export: a kernel that no longer wins must not stay
-            old.unlink()
+            try:
+                old.unlink()
+            except OSError as error:
+                raise UsageError(f"cannot replace {old}: {error.strerror}") from error
     for path, text in files.items():
-        place = target / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        store.atomic_write(place, text)
+        store.atomic_write(target / path, text)
     store.atomic_write(readme, _readme(table, name, device))
     return target
 

@@ -285,7 +285,6 @@ def write(form: str, tunings: Sequence[Tuning], out: Path) -> list[Path]:
     written = []
     for name, data in WRITERS[form](tunings):
         path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         store.atomic_write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
         written.append(path)
     if not written:

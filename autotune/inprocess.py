@@ -81,9 +81,9 @@ def problem_of(
     return registry.problem(Problem(op_name, tuple(sizes.items()), kind, words(flags)))
 
 
-def words(flags: Mapping[str, str | bool]) -> tuple[tuple[str, str], ...]:
-    """Flags as a problem holds them: `causal=True` is ("causal", "1"), `causal=False` is nothing."""
-    return tuple(sorted((k, "1" if v is True else str(v)) for k, v in flags.items() if v is not False))
+def words(flags: Mapping[str, str | bool | None]) -> tuple[tuple[str, str], ...]:
+    """Flags as a problem holds them: `causal=True` is ("causal", "1"), `causal=False`, 0 or None is nothing."""
+    return tuple(sorted((k, "1" if v is True else str(v)) for k, v in flags.items() if v not in (False, None)))
 
 
 def _precision(op: Op, tensor: Any) -> str:

@@ -78,8 +78,8 @@ def _choose(
         asked = problem_of(text, tensors, flags, precision)
     else:
         asked = registry.problem(text)
-        if flags or precision not in (None, asked.precision):
-            raise UsageError(f"{text} has its flags and precision; name the operator alone to give others")
+        if flags or precision:
+            raise UsageError(f"{text} says its precision and flags itself; name the operator alone to give others")
         if tensors and problem_of(asked.op, tensors, dict(asked.flags), asked.precision) != asked:
             raise UsageError(f"{text} is not for tensors of shape {', '.join(str(list(t.shape)) for t in tensors)}")
     choice = choose(asked, device or where_is(tensors), threads)
@@ -105,15 +105,16 @@ def call(op: str, *tensors: Any, precision: str | None = None, **flags: Any) -> 
             key += (t.shape, t.dtype, t.device)
         else:  # nobody but the kernel has to know about the call
             return (_kernels.get(key) or best(op, *tensors, precision=precision, **flags)).fresh(*tensors)
+        registry.op(op)  # says which there are
     if _forward_ad._current_level >= 0 and any(_forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise UsageError(
-            f"{op} has no forward-mode derivatives; use torch's own call for them"
-        )  # hidden in the tensors
+        raise UsageError(f"{op} has no forward-mode derivatives; use torch's own call for them")
     return getattr(_torch.ops.rooftune, op).default(list(tensors), _text(flags), precision or "")
 
 
 def _text(flags: dict[str, str | bool]) -> str:
-    return ",".join(name if value is True else f"{name}={value}" for name, value in flags.items() if value is not False)
+    return ",".join(
+        name if value is True else f"{name}={value}" for name, value in flags.items() if value not in (False, None)
+    )
 
 
 @cache

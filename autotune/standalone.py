@@ -55,8 +55,10 @@ def best(op: str, *tensors: Any, precision: str | None = None, **flags: str | bo
 
 
 def _choose(op: str, tensors: Sequence[Any], precision: str | None, flags: dict[str, str | bool]) -> Kernel:
+    if op not in table()["operators"]:
+        raise UsageError(f"{op} was not exported; there is: {', '.join(table()['operators'])}")
     forms = table()["operators"][op]["forms"]
-    asked = {k: "1" if v is True else str(v) for k, v in flags.items() if v is not False}
+    asked = {k: "1" if v is True else str(v) for k, v in flags.items() if v not in (False, None)}
     kind = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
     for form in forms:
         # tf32 is for those who ask for it: its tensors are float32, as fp32's are

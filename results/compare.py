@@ -149,7 +149,7 @@ def _judge(base: Record | None, candidate: Record | None, same: float) -> Cell:
     """Everything but the paired test; a cell that needs it comes back with `paired` set."""
     known = candidate or base
     assert known is not None
-    name = known.cell[1] + ("" if known.default else " (tuned)")
+    name = known.cell[1] + ("" if known.default or "call" in known.config else " (tuned)")  # torch's calls are not
     cell = Cell(known.problem, name, Verdict.UNMEASURED, evidence=known.evidence)
     if base and candidate:
         cell = replace(cell, base_s=base.time_s, candidate_s=candidate.time_s, changed=_changes(base, candidate))

@@ -308,11 +308,27 @@ def list_runs(folder: Path | None = None) -> list[Path]:
 
 
 def latest_run(back: int = 0) -> Path:
-    """The run written last, or the one `back` before it."""
-    runs = list_runs()
-    if back >= len(runs):
-        raise UsageError(f"no run {'latest' if not back else f'latest~{back}'}: {results_dir()} holds {len(runs)}")
-    return runs[back]
+    """The run with results that was written last, or the one `back` before it. A tuning, or a run that was
+    interrupted before its first result, has none to show; a file that is no run of ours does count, to be told of."""
+    found = 0
+    for path in list_runs():
+        if _without_results(path):
+            continue
+        if found == back:
+            return path
+        found += 1
+    raise UsageError(f"no run {'latest' if not back else f'latest~{back}'}: {results_dir()} holds {found} with results")
+
+
+def _without_results(path: Path) -> bool:
+    """Whether a file has whole lines of ours, and none of them is a result."""
+    kinds = set()
+    for _, data in _scan(path):
+        kind = "" if data is None else data.get("kind", "result")
+        if kind == "result":
+            return False
+        kinds.add(kind)
+    return bool(kinds - {""})
 
 
 def resolve(text: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rooftune import race, registry
 from rooftune.autotune import tuner
-from rooftune.core import Problem
+from rooftune.core import Problem, UsageError
 from rooftune.results import store
 from rooftune.results.compare import Cell
 from rooftune.results.compare import compare as judge
@@ -21,8 +21,9 @@ def ops() -> tuple[str, ...]:
     return registry.op_names()
 
 
-def _impls(problem: Problem, only: Sequence[str]) -> list[registry.Impl]:
+def _impls(problem: Problem, only: str | Sequence[str]) -> list[registry.Impl]:
     """Competitors by name (`numba`) or file (`my_kernel.py`); all of the operator's if none is named."""
+    only = [only] if isinstance(only, str) and only else only
     if not only:
         return list(registry.impls(problem.op))
     return [
@@ -32,7 +33,11 @@ def _impls(problem: Problem, only: Sequence[str]) -> list[registry.Impl]:
 
 
 def run(
-    *problems: str | Problem, only: Sequence[str] = (), device: str = "cpu", threads: int | None = None, **options: Any
+    *problems: str | Problem,
+    only: str | Sequence[str] = (),
+    device: str = "cpu",
+    threads: int | None = None,
+    **options: Any,
 ) -> list[Record]:
     """Race competitors and return their records; they are stored as `bench.py run` stores them.
 
@@ -64,11 +69,14 @@ def tune(
     **how: Any,
 ) -> tuner.TuneResult:
     """Tune a competitor (`"softmax/numba"`) on a problem; a winner enters the tuned table. See `tuner.tune`."""
+    impl, asked = registry.impl(competitor), registry.problem(problem)
+    if impl.op != asked.op:
+        raise UsageError(f"{competitor} computes {impl.op}, and {asked} is another operator")
     with Session("api-tune", device, threads, quiet=True) as session:
         return tuner.tune(
             session.lab,
-            registry.impl(competitor),
-            registry.problem(problem),
+            impl,
+            asked,
             budget,
             identity=session.about["identity"],
             **how,

@@ -187,6 +187,8 @@ class Problem:
         precision = ""
         for part in filter(None, (p.strip() for p in match[2].split(","))):
             key, eq, value = (s.strip() for s in part.partition("="))
+            if key in dims or key in flags or (precision and key in PRECISIONS):
+                raise UsageError(f"'{part}' in '{text}': that was said before")
             if not eq and key in PRECISIONS:
                 precision = key
             elif not _NAME.fullmatch(key):
@@ -205,8 +207,7 @@ class Problem:
     @property
     def shape(self) -> str:
         """Sizes and flags without operator and precision: `m=64,n=64,k=64,transpose=nt`."""
-        dims = [f"{k}={v}" for k, v in self.dims]
-        return ",".join(dims + [k if v == "1" else f"{k}={v}" for k, v in self.flags])
+        return ",".join([*(f"{k}={v}" for k, v in self.dims), *(k if v == "1" else f"{k}={v}" for k, v in self.flags)])
 
     def __getitem__(self, dim: str) -> int:
         for key, value in self.dims:

@@ -21,10 +21,11 @@ from types import ModuleType
 from typing import Any
 
 from rooftune import sources
-from rooftune.core import Op, Problem, UsageError, unknown
+from rooftune.core import PRECISIONS, Op, Problem, UsageError, unknown
 
 KERNELS = "rooftune.kernels"
 ENTRY_POINTS = "rooftune.kernels"  # group: a package with the same folder layout
+DEVICES = ("cpu", "cuda", "rocm")  # kinds, as in `device.VENDORS`
 LITERALS = ("DEVICES", "PRECISIONS", "REQUIRES", "ENV", "OP", "BASELINE", "PER_SHAPE")
 
 
@@ -213,6 +214,12 @@ def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
     for needed in ("DEVICES", "PRECISIONS"):
         if needed not in values:
             raise UsageError(f"{path} has no {needed}; a kernel file declares DEVICES, PRECISIONS, SPACE and build()")
+    for needed, what, known in (("DEVICES", "device", DEVICES), ("PRECISIONS", "precision", tuple(PRECISIONS))):
+        if not isinstance(values[needed], tuple | list):
+            raise UsageError(f'{path}: {needed} must be a tuple of names, such as ("{known[0]}",)')
+        for name in values[needed]:
+            if name not in known:
+                raise unknown(f"{what} of {needed}", str(name), known, str(path))
     spoken, language = _language(root, path.stem) if root else ("", {})
     default = () if root is None else (path.stem.split("_")[0],)
     return Impl(
@@ -283,6 +290,8 @@ def user_impl(path: Path) -> Impl:
         raise UsageError(f'{path} names no operator; add OP = "softmax" (known: {", ".join(op_names())})')
     if "build" not in names:
         raise UsageError(f"{path} has no build(problem, config); it returns run(out, *inputs)")
+    if "SPACE" not in names:
+        raise UsageError(f"{path} has no SPACE; without options to tune it is SPACE = Space(), from rooftune.core")
     op(values["OP"])
     return _impl(values["OP"], path.resolve(), f"file:{path.resolve()}", None)
 

@@ -126,6 +126,7 @@ def _problems(chosen: argparse.Namespace, kind: str, loaded: Sequence[Impl]) -> 
                 found += _of_suite(name, precision, kind)
     if not found:
         raise UsageError("no problem for these operators and precisions; name one: gemm[m=512,n=512,k=512,fp32]")
+    common.check_wanted(loaded, found)
     return list(dict.fromkeys(found))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import secrets
 import sys
@@ -31,10 +32,17 @@ def names(text: str) -> list[str]:
 
 
 def device_name(chosen: argparse.Namespace) -> str:
-    """`--device`; `auto` is the first GPU, else the CPU."""
-    if chosen.device != "auto":
-        return str(chosen.device)
-    return str(next((d for d in device.devices() if d.kind != "cpu"), "cpu"))
+    """`--device`; `auto` is the first GPU, else the CPU. One that is not here is found out by whoever uses it.
+
+    Raises:
+        UsageError: no such kind of device.
+    """
+    name = str(chosen.device).strip().lower()
+    if name == "auto":
+        return str(next((d for d in device.devices() if d.kind != "cpu"), "cpu"))
+    if name.partition(":")[0] not in device.VENDORS:
+        device.find(name)
+    return name
 
 
 def precisions(chosen: argparse.Namespace) -> list[str]:
@@ -50,9 +58,10 @@ def problems(chosen: argparse.Namespace, kind: str, users: Sequence[Impl]) -> li
     """The problems asked for, in order: written-out ones, else the suite's for the operators named.
 
     Raises:
-        UsageError: unknown operator, suite or precision, or a bad problem.
+        UsageError: unknown operator, suite or precision, a bad problem, or none for a user's file.
     """
-    texts = [w for w in [*chosen.what, *chosen.problem] if "[" in w]
+    precisions(chosen), catalogue.summary(chosen.suite)  # a name that is not needed must be right all the same
+    texts = [*(w for w in chosen.what if "[" in w), *chosen.problem]
     ops = [w for w in chosen.what if "[" not in w]
     for name in ops:
         registry.op(name)
@@ -66,27 +75,67 @@ def problems(chosen: argparse.Namespace, kind: str, users: Sequence[Impl]) -> li
         if not ops:
             ops = sorted({u.op for u in users}) or list(registry.op_names())
         found += catalogue.problems(chosen.suite, ops, precisions(chosen), kind)
+    check_wanted(users, found)
     return list(dict.fromkeys(found))
 
 
+def check_wanted(users: Sequence[Impl], problems: Sequence[Problem]) -> None:
+    """A user's file without a problem would be left out, and nobody would know.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for user in users:
+        if all(user.op != problem.op for problem in problems):
+            raise UsageError(f"--load {user.path} computes {user.op}, and no problem of it is asked for")
+
+
 def users(chosen: argparse.Namespace) -> list[Impl]:
-    """The files given with `--load`."""
-    return [registry.user_impl(Path(path)) for path in chosen.load]
+    """The files given with `--load`; one that is given twice counts once.
+
+    Raises:
+        UsageError: not a kernel file, or two of one name: their records could not be told apart.
+    """
+    found = list(dict.fromkeys(registry.user_impl(Path(path)) for path in chosen.load))
+    for number, impl in enumerate(found):
+        if any(impl.key == other.key for other in found[:number]):
+            raise UsageError(f"--load {impl.path}: another file is called {impl.key} too; rename one")
+    return found
 
 
 def impls(chosen: argparse.Namespace, op: str, loaded: Sequence[Impl]) -> list[Impl]:
     """Competitors of an operator after `--only` and `--skip`, user files last.
 
     Raises:
-        UsageError: a name that no operator's competitor has.
+        UsageError: a name that no operator's competitor has, or one of torch's calls by itself; a user's file of a
+            name that is ours.
     """
+    for user in loaded:
+        if any(user.key == ours.key for ours in registry.impls(user.op)):  # stored records tell them apart by name
+            raise UsageError(f"--load {user.path}: {user.key} is a competitor that is here already; rename the file")
     every = {i.name for name in registry.op_names() for i in registry.impls(name)} | {u.name for u in loaded}
     only, skip = names(chosen.only), names(chosen.skip)
     for name in (*only, *skip):
-        if name.partition(":")[0] not in every:
+        known, call, _ = name.partition(":")
+        if known not in every:
             raise unknown("competitor", name, sorted(every))
+        if call:
+            raise UsageError(f"'{name}': the calls of {known} race together; write {known}")
     mine = [*registry.impls(op), *(u for u in loaded if u.op == op)]
     return [i for i in mine if (not only or i.name in only or i in loaded) and i.name not in skip]
+
+
+def field(chosen: argparse.Namespace, problems: Sequence[Problem], loaded: Sequence[Impl]) -> dict[str, list[Impl]]:
+    """The competitors of every problem's operator.
+
+    Raises:
+        UsageError: nobody is left, or a name that no competitor has.
+    """
+    found = {op: impls(chosen, op, loaded) for op in dict.fromkeys(p.op for p in problems)}
+    if found and not any(found.values()):
+        known = ", ".join(sorted({i.name for op in found for i in registry.impls(op)}))
+        raise UsageError(f"--only and --skip leave no competitor of {', '.join(found)}; known: {known}")
+    return found
 
 
 def options(chosen: argparse.Namespace) -> race.Options:
@@ -96,7 +145,7 @@ def options(chosen: argparse.Namespace) -> race.Options:
         UsageError: a number out of range.
     """
     for name in ("rounds", "launches", "samples", "min_sample_ms"):
-        if getattr(chosen, name) <= 0:
+        if not 0 < getattr(chosen, name) < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, not {getattr(chosen, name)}")
     if chosen.launches > chosen.rounds:
         raise UsageError(f"--launches {chosen.launches} needs at least as many --rounds ({chosen.rounds})")
@@ -152,7 +201,7 @@ def check_targets(chosen: argparse.Namespace) -> None:
     """Complain about an output file before anything is measured, not after.
 
     Raises:
-        UsageError: its folder is missing or may not be written.
+        UsageError: its folder is missing or may not be written, or it is a folder itself.
     """
     for form in ("json", "csv", "md", "junit", "save"):
         target = getattr(chosen, form, None)
@@ -160,6 +209,8 @@ def check_targets(chosen: argparse.Namespace) -> None:
             folder = Path(target).resolve().parent
             if not folder.is_dir():
                 raise UsageError(f"--{form} {target}: there is no folder {folder}")
+            if Path(target).is_dir():
+                raise UsageError(f"--{form} {target}: is a folder; give a file in it")
             if not os.access(folder, os.W_OK) or (Path(target).exists() and not os.access(target, os.W_OK)):
                 raise UsageError(f"--{form} {target}: no permission to write there")
 

@@ -59,6 +59,8 @@ def check(chosen: argparse.Namespace) -> ExitCode:
     from rooftune.results import report
 
     common.check_targets(chosen)
+    if chosen.rounds <= 0:
+        raise UsageError(f"--rounds must be positive, not {chosen.rounds}")
     baseline = store.load_run(store.resolve(chosen.baseline))
     if chosen.current:
         current = store.load_run(store.resolve(chosen.current))

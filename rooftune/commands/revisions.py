@@ -113,6 +113,8 @@ def _duel(
     name = common.device_name(chosen)
     loaded = common.users(chosen)
     problems = common.problems(chosen, name.partition(":")[0], loaded)
+    if not loaded:
+        common.field(chosen, problems, ())
     pairs = {op: [p for p in _pairs(chosen, op, sides, loaded) if wanted(p)] for op in {p.op for p in problems}}
     problems = [p for p in problems if pairs[p.op]]
     if not problems:

@@ -30,7 +30,7 @@ def run(chosen: argparse.Namespace) -> ExitCode:
     name = common.device_name(chosen)
     kind = name.partition(":")[0]
     problems = common.problems(chosen, kind, loaded)
-    field = {op: common.impls(chosen, op, loaded) for op in {p.op for p in problems}}
+    field = common.field(chosen, problems, loaded)
     console = common.console(chosen)
     if chosen.dry_run:
         for problem in problems:
@@ -54,6 +54,9 @@ def run(chosen: argparse.Namespace) -> ExitCode:
             if proofs:
                 report.evidence_table(proofs, console)
         session.clear()
+        if not records:
+            console.print("nothing to prove: these competitors run on this device; without --evidence only they race")
+            return ExitCode.NOTHING_RAN
         console.print(f"records: {session.path}", style="dim", highlight=False)
     return verdict(records)
 

@@ -40,8 +40,9 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
     console = common.console(chosen)
     results: list[dict[str, Any]] = []
     plan = Plan.of(chosen)
-    if unknown := plan.weights.keys() - {str(p) for p in problems}:
-        raise UsageError(f"--weight {min(unknown)}: that problem is not among those to tune")
+    for text in plan.weights:
+        if all(str(problem) != text for problem in problems):
+            raise UsageError(f"--weight {text}: is none of the problems to tune: {', '.join(map(str, problems))}")
     with Session("tune", name, chosen.threads, chosen.quiet) as session:
         tuner.check_objective(plan.objective, session.lab)
         session.check_user_files(loaded, {p.op: p for p in problems})

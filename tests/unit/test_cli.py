@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rooftune.core import ExitCode
+from rooftune import registry
+from rooftune.core import ExitCode, UsageError
 from rooftune.results import store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +40,13 @@ BAD = {
     "negative error": (["tune", "gemm", "--max-error", "-1"], "--max-error must be positive"),
     "error without bound": (["tune", "gemm", "--max-error", "nan"], "--max-error must be positive"),
     "no rounds": (["run", "softmax", "--rounds", "0"], "--rounds must be positive"),
+    "a check without rounds": (["check", "--baseline", "x", "--rounds", "0"], "--rounds must be positive, not 0"),
+    "a weight of nothing": (
+        ["tune", "softmax[m=8,n=8,fp32]", "--weight", "softmax[m=9,n=8,fp32]=2"],
+        "--weight softmax[m=9,n=8,fp32]: is none of the problems to tune: softmax[m=8,n=8,fp32]",
+    ),
     "no such folder": (["run", "softmax", "--json", "/no/such/folder/x.jsonl"], "there is no folder /no/such/folder"),
+    "a folder as a file": (["run", "softmax", "--csv", "/tmp"], "--csv /tmp: is a folder; give a file in it"),
     "no such run": (["compare", "nothing", "latest"], "nothing"),
     "one run alone": (["compare", "latest"], "two runs are needed, such as latest~1 latest; or --base REV"),
     "rounds of stored runs": (["compare", "a", "b", "--rounds", "9"], "--rounds is about racing"),
@@ -52,6 +60,22 @@ BAD = {
     "one word too many": (["compare", "a", "b", "c"], "'c': nothing is expected there; next: bench.py compare --help"),
     "no problem": (["best"], "required: PROBLEM; next: bench.py best --help"),
     "bad environment": (["run", "softmax"], "ROOFTUNE_CACHE=lukewarm"),
+    "an operator as a problem": (["run", "--problem", "softmax"], "'softmax' is not a problem; write for example"),
+    "a size twice": (["run", "softmax[m=4,n=4,m=8]"], "'m=8' in 'softmax[m=4,n=4,m=8]': that was said before"),
+    "two precisions": (["run", "softmax[m=4,n=4,fp32,bf16]"], "'bf16' in 'softmax[m=4,n=4,fp32,bf16]': that was"),
+    "one of torch's calls": (
+        ["run", "softmax", "--only", "torch:softmax"],
+        "calls of torch race together; write torch",
+    ),
+    "nobody's operator": (["run", "softmax", "--only", "numba_amx"], "no competitor of softmax; known: cupy, numba, "),
+    "nobody's gate": (
+        ["compare", "--base", "HEAD", "softmax", "--only", "numba_amx"],
+        "leave no competitor of softmax",
+    ),
+    "no sample length": (["run", "softmax", "--min-sample-ms", "nan"], "--min-sample-ms must be positive, not nan"),
+    "a suite that is not needed": (["tune", "softmax[m=4,n=4]", "--suite", "larg"], "unknown suite 'larg'; known: c"),
+    "a precision not needed": (["run", "softmax[m=4,n=4,fp32]", "--precision", "fp12"], "unknown precision 'fp12'"),
+    "a plan for no device": (["run", "softmax", "--device", "gpu", "--dry-run"], "unknown device 'gpu'; known: cpu"),
 }
 
 
@@ -88,6 +112,65 @@ def test_a_results_file_that_is_none_is_refused(tmp_path: Path, content: bytes, 
         assert str(path.name) in done.stderr
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_the_environment_is_that_of_the_verb_asked_for(tmp_path: Path) -> None:
+    """One variable may be an option of several verbs, with other values: only the one that runs reads it."""
+    assert bench("run", "softmax", "--dry-run", ROOFTUNE_FORMAT="github").returncode == ExitCode.OK
+    done = bench("export", "--out", str(tmp_path), ROOFTUNE_FORMAT="github")
+    assert (done.returncode, "ROOFTUNE_FORMAT=github: choose from package" in done.stderr) == (ExitCode.USAGE, True)
+    done = bench("run", "softmax", ROOFTUNE_DRY_RUN="on", ROOFTUNE_THREADS="")  # empty is unset
+    assert (done.returncode, "numba" in done.stdout) == (ExitCode.OK, True), done.stderr
+    for name, value in (("DRY_RUN", "please"), ("THREADS", "two")):
+        done = bench("run", "softmax", **{f"ROOFTUNE_{name}": value})
+        assert (done.returncode, f"ROOFTUNE_{name}={value}: " in done.stderr) == (ExitCode.USAGE, True)
+
+
+def test_an_option_that_must_be_given_may_come_from_the_environment() -> None:
+    done = bench("check", ROOFTUNE_BASELINE="nowhere")
+    assert done.returncode == ExitCode.USAGE
+    assert "no run 'nowhere'" in done.stderr
+
+
+def test_a_device_in_capitals_gets_the_problems_of_its_kind() -> None:
+    plans = {bench("run", "softmax", "--dry-run", "--device", name).stdout for name in ("cpu", "CPU")}
+    assert len(plans) == 1
+
+
+@pytest.mark.parametrize("names", [("numba",), ("mine", "other/mine")])
+def test_files_whose_records_could_not_be_told_apart_are_refused(kernel, names: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    paths = [kernel(name=names[0])]
+    for name in names[1:]:
+        paths.append(paths[0].parent / f"{name}.py")
+        paths[-1].parent.mkdir()
+        paths[-1].write_text(paths[0].read_text())
+    loads = [word for path in paths for word in ("--load", str(path))]
+    done = bench("run", "softmax", "--dry-run", *loads)
+    assert (done.returncode, "rename" in done.stderr) == (ExitCode.USAGE, True), done.stderr
+    assert bench("run", "softmax", "--dry-run", *["--load", str(kernel())] * 2).returncode == ExitCode.OK
+
+
+@pytest.mark.parametrize("arguments", [("run", "--dry-run"), ("selfcheck",)])
+def test_a_file_of_an_operator_that_is_not_raced_is_refused(kernel, arguments: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    done = bench(*arguments, "gemm[m=8,n=8,k=8,fp32]", "--load", str(kernel()))
+    assert done.returncode == ExitCode.USAGE
+    assert "mine.py computes softmax, and no problem of it is asked for" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ('DEVICES = ("cpu",)', 'DEVICES = "cpu"', "DEVICES must be a tuple of names"),
+        ('DEVICES = ("cpu",)', 'DEVICES = ("gpu",)', "unknown device of DEVICES 'gpu'; known: cpu, cuda, rocm"),
+        ('PRECISIONS = ("fp32",)', 'PRECISIONS = ("fp33",)', "unknown precision of PRECISIONS 'fp33'; known: bf16"),
+        ("SPACE = Space()", "", "has no SPACE"),
+    ],
+)
+def test_a_file_that_declares_nonsense_is_refused(kernel, before: str, after: str, words: str) -> None:  # type: ignore[no-untyped-def]
+    path = kernel()
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(UsageError, match=re.escape(words)):
+        registry.user_impl(path)
 
 
 def test_a_file_that_raises_on_import_stops_before_anything_is_timed(kernel) -> None:  # type: ignore[no-untyped-def]
@@ -140,6 +223,11 @@ def test_ceilings_of_another_device_are_refused(tmp_path: Path) -> None:
 def test_nothing_that_can_run_is_exit_code_4() -> None:
     done = bench("run", "softmax[m=8,n=64,bf16]", "--only", "triton", "--evidence", "none")
     assert done.returncode == ExitCode.NOTHING_RAN, done.stderr
+
+
+def test_evidence_of_nobody_is_exit_code_4() -> None:
+    done = bench("run", "softmax[m=8,n=64,fp32]", "--only", "numba", "--evidence", "only")
+    assert (done.returncode, "nothing to prove" in done.stdout) == (ExitCode.NOTHING_RAN, True), done.stderr
 
 
 @pytest.mark.slow

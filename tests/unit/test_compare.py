@@ -51,6 +51,11 @@ def only(cells: list[Cell]) -> Cell:
     return cells[0]
 
 
+def test_a_call_of_torch_that_is_not_its_default_is_not_called_tuned() -> None:
+    run = [record("torch", config={"call": "softmax"}, default=False), record("numba", default=False)]
+    assert {c.impl for c in compare(run, run)} == {"geometric mean", "softmax/torch:softmax", "softmax/numba (tuned)"}
+
+
 def test_a_run_against_itself_is_the_same() -> None:
     run = [record("a"), record("b"), record("c", None, status="skipped", reason="no CUDA device")]
     cells = compare(run, run)

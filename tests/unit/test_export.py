@@ -52,6 +52,11 @@ torch.set_num_threads(2)
 answers["threads"] = [tuned.best("softmax", x[:, :32].contiguous()).why, len(table()["winners"])]
 import tuned_kernels.dispatch as dispatch
 dispatch._kernels.clear()
+for op, tensors in (("nosuch", (x,)), ("gemm", (x, normal(64, 16).bfloat16()))):
+    try:
+        dispatch.call(op, *tensors)
+    except Exception as error:
+        answers[f"refused {op}"] = str(error)
 answers["other threads"] = tuned.best("softmax", x).why
 assert not any(name.startswith("rooftune.") for name in sys.modules)
 print(json.dumps(answers))
@@ -105,10 +110,15 @@ def test_the_package_computes_the_same_without_rooftune(tmp_path: Path) -> None:
     assert answers["layernorm other"][2] == "torch: not among the tuned problems"
     assert all(max(answers[name][3:]) < 1e-4 for name in ("softmax", "layernorm", "layernorm other", "gemm")), answers
     assert answers["other threads"] == "torch: tuned with 1 threads, this process has 2"
+    assert answers["refused nosuch"] == "nosuch was not exported; there is: softmax, layernorm, gemm"
+    assert answers["refused gemm"] == "gemm: tensor 1 is bfloat16, expected float32"
     text = "\n".join(path.read_text() for path in target.rglob("*.py"))
     assert "from rooftune" not in text
     assert "import rooftune" not in text
     assert "| `softmax[m=8,n=64,fp32]` | softmax/numba |" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UsageError, match="cannot write"):
+        export.write(tmp_path / "file", choices, here, threads=1)
     assert "out = tuned_kernels.softmax(a)" in (tmp_path / "out" / "README.md").read_text()
     entry = json.loads((target / "table.json").read_text())["winners"]["softmax[m=8,n=64,fp32]"]
     assert entry["source_hash"] == registry.impl("softmax/numba").source_hash

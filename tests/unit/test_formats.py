@@ -309,6 +309,7 @@ def test_the_command_line_replays_and_converts_without_a_device(
     assert load(written)[0].rows[1].time_s == pytest.approx(1e-3)
     assert bench.main(["tune", "--simulate", str(path), "--budget", "60s"]) == ExitCode.USAGE
     assert bench.main(["export", "--format", "t4", "--out", str(out)]) == ExitCode.USAGE
+    assert bench.main(["export", str(path), "--format", "t4", "--out", str(path / "below a file")]) == ExitCode.USAGE
     assert "takes files with recorded tunings" in capsys.readouterr().err
 
 

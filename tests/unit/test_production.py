@@ -106,18 +106,19 @@ def test_out_must_not_share_memory_with_an_input() -> None:
     [
         ("gemm", [torch.randn(8, 8), torch.randn(8, 8).bfloat16()], {}, "tensor 1 is bfloat16, expected float32"),
         ("gemm", [torch.randn(8, 8).bfloat16()] * 2, {"precision": "fp32"}, "tensor 0 is bfloat16, expected float32"),
+        ("layernorm", [torch.randn(8, 8).bfloat16(), *torch.randn(2, 8)], {}, "tensor 1 is float32, expected bfloat16"),
         ("gemm", [torch.randn(8, 8), torch.empty(8, 8, device="meta")], {}, "tensor 1 is on meta, another on cpu"),
         ("softmax[m=64,n=32]", [torch.randn(8, 8)], {}, r"not for tensors of shape \[8, 8\]"),
-        ("attention[b=1,h=1,sq=8,d=8]", [], {"causal": True}, "has its flags"),
-        ("softmax[m=64,n=32]", [], {"precision": "bf16"}, "has its flags and precision"),
+        ("attention[b=1,h=1,sq=8,d=8]", [], {"causal": True}, "says its precision and flags itself"),
+        ("softmax[m=64,n=32]", [], {"precision": "bf16"}, "says its precision and flags itself"),
     ],
 )
 def test_tensors_that_a_kernel_would_misread_have_none(op: str, made: Any, options: Any, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         rooftune.best(op, *made, **options)
-    if made:
+    for requires in (False, True) if made else ():  # also as a custom op
         with pytest.raises(UsageError, match=text):
-            rooftune.call(op, *made, **options)
+            rooftune.call(op, *(t.detach().requires_grad_(requires) for t in made), **options)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -148,6 +149,26 @@ def test_derivatives_that_it_does_not_have_are_refused_and_not_zero() -> None:
         with pytest.raises(UsageError, match="no forward-mode derivatives"):
             rooftune.call("softmax", dual)
         assert rooftune.call("softmax", x.detach()).shape == (4, 8)
+
+
+def test_a_name_that_is_none_is_told_with_gradients_too() -> None:
+    for requires in (False, True):
+        with pytest.raises(UsageError, match="unknown op 'softmx'; known: attention, "):
+            rooftune.call("softmx", torch.randn(8, 8, requires_grad=requires))
+
+
+def test_flags_that_are_off_are_none() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    for off in (False, 0, None):
+        assert rooftune.best("attention", q, q, q, causal=off).problem.flags == ()
+        assert rooftune.call("attention", q.clone().requires_grad_(), q, q, causal=off).shape == q.shape
+
+
+def test_the_python_face_refuses_what_does_not_fit() -> None:
+    with pytest.raises(UsageError, match="softmax/numba computes softmax, and gemm"):
+        rooftune.tune("softmax/numba", "gemm[m=8,n=8,k=8,fp32]", "2")
+    with pytest.raises(UsageError, match="unknown competitor of softmax 'trch'"):  # one name is no list of letters
+        rooftune.run("softmax[m=8,n=8,fp32]", only="trch")
 
 
 def settings() -> list[Any]:

@@ -52,7 +52,7 @@ def pytest_run(folder, *arguments, benchmark=True):
     """A pytest run on the files above; installed plugins stay out, so that these two decide."""
     (folder / "test_it.py").write_text(TESTS.replace("{folder}", str(folder)))
     (folder / "zeros.py").write_text(KERNEL.replace("{device}", "cpu"))
-    (folder / "elsewhere.py").write_text(KERNEL.replace("{device}", "abacus"))
+    (folder / "elsewhere.py").write_text(KERNEL.replace("{device}", "rocm"))
     plugins = ["-p", "rooftune.pytest_plugin"] + (["-p", "benchmark"] if benchmark else [])
     command = [sys.executable, "-m", "pytest", "-rfs", "-p", "no:cacheprovider", *plugins, *arguments, "test_it.py"]
     # pytest-benchmark measures nothing under xdist, and it would think itself there if we are
@@ -67,7 +67,7 @@ def test_rounds_reach_the_table_and_the_json(tmp_path):
     output = pytest_run(tmp_path, "--benchmark-json=out.json", "--rooftune-threads=1")
     assert "3 failed, 1 passed, 1 skipped" in output, output
     assert "FAILED test_it.py::test_wrong - Failed: softmax/zeros on softmax[m=4,n=300,fp32]: wrong: " in output
-    assert "softmax/elsewhere: no abacus device" in output
+    assert "softmax/elsewhere: no ROCm device" in output
     assert "unknown competitor of softmax 'tourch'; known: " in output
     assert "softmax/torch is a competitor of softmax: it does not compute layernorm[" in output
     assert "was not used" not in output

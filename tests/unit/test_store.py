@@ -308,11 +308,17 @@ def test_runs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     paths = [store.new_run_path(f"soft max/{i}") for i in range(3)]
     for age, path in enumerate(reversed(paths)):
         store.Log(path).append({"kind": "session"})
+        store.Log(path).append({"kind": "result"})
         os.utime(path, (1e9 - age, 1e9 - age))
+    store.Log(store.new_run_path("tune")).append({"kind": "session"})  # the newest, and nothing to show
     committed = tmp_path / "reference" / "h200.jsonl"
     store.Log(committed).append({"kind": "session"})
     assert store.resolve("latest") == store.latest_run() == paths[2]
     assert store.resolve("latest~1") == paths[1]
+    foreign = tmp_path / "runs" / "foreign.jsonl"
+    foreign.write_text("no run of ours: whoever reads it says so")
+    assert store.resolve("latest") == foreign
+    foreign.unlink()
     assert store.resolve(paths[0].stem) == store.resolve(str(paths[0])) == paths[0]
     assert "soft-max-0" in paths[0].name
     assert store.resolve("h200") == store.resolve("h2") == committed
