@@ -116,7 +116,7 @@ def test_out_must_not_share_memory_with_an_input() -> None:
 def test_tensors_that_a_kernel_would_misread_have_none(op: str, made: Any, options: Any, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         rooftune.best(op, *made, **options)
-    for requires in (False, True) if made else ():  # also as a custom op
+    for requires in (False, True)[: 1 + ("[" not in op)] if made else ():  # also as a custom op, which has a name
         with pytest.raises(UsageError, match=text):
             rooftune.call(op, *(t.detach().requires_grad_(requires) for t in made), **options)
 
