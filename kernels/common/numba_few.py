@@ -14,21 +14,25 @@ from rooftune.kernels.common.numba_cpu import vector_width
 from rooftune.kernels.common.numba_epilogue import finish
 from rooftune.kernels.common.numba_parallel import Job, arguments_of, job, parallel
 from rooftune.kernels.common.numba_thin import columns_at_once, dots, word_dots
-from rooftune.kernels.common.numba_tile import Format, format_of, pack, tile
+from rooftune.kernels.common.numba_tile import Format, format_of, pack, row_sums, tile
 
+WIDEST = 128  # columns of a tile for one row
 FEW = 64  # rows of a up to which it pays: 1.25x torch instead of 0.84x at 32, 1.12x instead of 0.96x at 64
 # of a job: addresses of a, b, bias, out, packed a, packed b, sums; m, n, k, depth, parts
 ARGUMENTS = ("int64",) * 12
 
 
 def readable(problem: Problem, dot: bool) -> bool:
-    """Whether b can be read where it lies: as fp32 numbers, or as words along k, of which a row fills a vector."""
+    """Whether b can be read where it lies: as fp32 numbers, as words along k, of which a row fills a vector, or as
+    words of numbers from several rows, of which one fills the widest tile."""
     form = format_of(problem.precision, dot)
     if problem["m"] > 2 * FEW:
         return False
     if form.steps == 1 and form.accumulator == "fp32":
         return True
-    return problem.flag("transpose", "nn")[1] == "t" and problem["k"] >= form.steps * vector_width()
+    if problem.flag("transpose", "nn")[1] == "t":
+        return problem["k"] >= form.steps * vector_width()
+    return dot and problem["n"] >= WIDEST
 
 
 @cache
@@ -43,7 +47,8 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
     fp32, group, arguments = Format("fp32", 1), columns_at_once(rows, columns), arguments_of(*ARGUMENTS)
     words = form.steps > 1 or form.accumulator == "int32"
     pack_a, pack_b = pack(form, 1 if b_along_k else rows, a_along_k), pack(form, columns, False)
-    multiply, packed = tile(fp32, rows, columns, direct=form.dtype), tile(fp32, rows, columns)
+    multiply = tile(form if words else fp32, rows, columns, direct=form.dtype)
+    packed, begin = tile(fp32, rows, columns), row_sums(rows)
     inner = word_dots(form, rows, group, columns) if words else dots(form.dtype, rows, group, columns)
     end, item, steps = finish(form, columns, epilogue), ITEM[form.dtype], form.steps
     out_item = 4 if form.accumulator == "int32" else item
@@ -58,7 +63,9 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
             first = min(i * tall, m - 1)
             source = a + first * (k if a_along_k else 1) * item
             pack_a(source, a_pack + i * tall * row, min(tall, m - first), k if a_along_k else m, k)
-        if not b_along_k and n < columns:
+            if words and not b_along_k:
+                begin(a_pack + i * tall * row, row // 4, b_pack + i * tall * 4)
+        if not words and not b_along_k and n < columns:
             pack_b(b, b_pack, n, n, k)
 
     @job
@@ -80,9 +87,13 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
                 some = min(depth, k - w)
                 for j in range(from_panel, to_panel):
                     for i in range(a_panels):
-                        left = a_pack + (i * k + w) * rows * 4
+                        left = a_pack + (i * row // 4 + w // steps) * rows * 4
                         place = own + ((j - from_panel) * a_panels + i) * area
-                        if n < columns:
+                        if words:
+                            first, starts = min(j * columns, n - columns), b_pack + i * rows * 4
+                            source, count = b + (w * n + first) * item, (some + steps - 1) // steps
+                            multiply(left, source, place, count, w, n * item, some, starts)
+                        elif n < columns:
                             packed(left, b_pack + w * columns * 4, place, some, w)
                         else:
                             first = min(j * columns, n - columns)
@@ -107,7 +118,7 @@ def build_few(problem: Problem, config: Config, rows: int, columns: int) -> Run:
     m, n, k = problem["m"], problem["n"], problem["k"]
     flags = problem.flag("transpose", "nn"), problem.flag("epilogue", "none")
     a_panels, b_panels = -(-m // rows), -(-n // columns)
-    sizes = a_panels * rows * k, columns * k, a_panels * b_panels * rows * columns
+    sizes = a_panels * rows * k, max(columns * k, a_panels * rows), a_panels * b_panels * rows * columns
     workspace = [torch.empty(size, dtype=torch.float32) for size in sizes]
     parts = min(threads(), b_panels)
     form = format_of(problem.precision, config["multiply"] == "dot")

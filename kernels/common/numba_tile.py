@@ -249,20 +249,36 @@ def multiply_add(e: Emit, form: Format) -> Callable[[Value, Value, Value], Value
 def tile(
     form: Format, rows: int, columns: int, panel: int = 0, unroll: int = 1, direct: str = "", placed: bool = False
 ) -> Any:
-    """Numba function (a, b, c, words, add[, stride][, apart, first, past]): c (+)= a b on one register tile.
+    """Numba function (a, b, c, words, add[, stride[, k, starts]][, apart, first, past]): c (+)= a b on a register tile.
 
     a: packed [words][panel], of which `rows` from the address on are multiplied; b: packed [words][columns];
     c: [rows][columns] of accumulators, added to if `add` is not 0. `panel` is `rows` unless given; `unroll`
     steps of k are one round of the loop. `direct`: b is not packed but lies in memory in this precision,
-    rows `stride` bytes apart. `placed`: rows of c lie `apart` bytes from each other, and where c is not added to,
-    every row begins with the `columns` accumulators at the address `first` (0: with zeros); if `past` is not 0, c is
-    aligned to LINE and written past the caches.
+    rows `stride` bytes apart. If a word has several steps, b has `k` rows (behind them a's steps are 0), whose numbers
+    become words here; where bytes have to be unsigned it is b that gets 128 added, and sums that are not added to begin
+    with `starts`, an int32 a row (`row_sums`). `placed`: rows of c lie `apart` bytes from each other, and where c is
+    not added to, every row begins with the `columns` accumulators at the address `first` (0: with zeros); if `past` is
+    not 0, c is aligned to LINE and written past the caches.
     """
 
     def emit(e: Emit, a: Value, b_panel: Value, c: Value, words: Value, add: Value, *more: Value) -> None:
         b, vectors = e.builder, columns // e.width
+        together = bool(direct) and form.steps > 1
         apart = more[0] if direct else e.index(columns * WORD)
         between = more[-3] if placed else e.index(columns * WORD)
+
+        def words_as_they_lie(number: Value) -> list[Value]:
+            end, lines = b.sub(more[1], e.index(1)), []
+            for step in range(form.steps):
+                j = b.add(b.mul(number, e.index(form.steps)), e.index(step))
+                j = b.select(b.icmp_signed("<", j, end), j, end)
+                lines.append(
+                    e.load_raw(b.add(b_panel, b.mul(j, apart)), ir.VectorType(STORED[direct], columns), ITEM[direct])
+                )
+            word = zipped(e, lines)
+            word = flipped(e, word) if form.unsigned_a else word
+            places = [ir.Constant(e.ints, list(range(v * e.width, (v + 1) * e.width))) for v in range(vectors)]
+            return [b.shuffle_vector(word, word, place) for place in places]
 
         def operand(base: Value, v: int) -> Value:
             if direct:
@@ -280,6 +296,9 @@ def tile(
             def given() -> State:
                 return [e.load_raw(b.add(more[-2], e.index(v * e.width * WORD)), kind, WORD) for v in range(vectors)]
 
+            if together and form.unsigned_a:
+                rows_begin = [e.load_raw(b.add(more[2], e.index(i * WORD)), I32, WORD) for i in range(rows)]
+                return [e.broadcast(value, e.width) for value in rows_begin for _ in range(vectors)]
             nothing: State = [zero] * vectors
             row = e.branch(b.icmp_signed("!=", more[-2], e.index(0)), given, lambda: nothing) if placed else nothing
             return [*row] * rows
@@ -291,11 +310,12 @@ def tile(
         def step(k: Value, sums: list[Value]) -> State:
             behind = b.mul(k, e.index(WORD * (panel or rows)))
             base = b.add(b_panel, b.mul(k, apart))
-            right = [operand(base, v) for v in range(vectors)]
+            right = words_as_they_lie(k) if together else [operand(base, v) for v in range(vectors)]
             out = []
             for i in range(rows):
                 word = e.broadcast(e.load_raw(b.add(starts[i], behind), I32, WORD), e.width)
-                out += [madd(word, right[v], sums[i * vectors + v]) for v in range(vectors)]
+                pairs = [(right[v], word) if together else (word, right[v]) for v in range(vectors)]
+                out += [madd(*pair, sums[i * vectors + v]) for v, pair in enumerate(pairs)]
             return out
 
         def several(k: Value, sums: State) -> State:
@@ -317,7 +337,27 @@ def tile(
         else:
             write(False)
 
-    return intrinsic([types.int64] * (5 + bool(direct) + 3 * placed), emit)
+    return intrinsic([types.int64] * (5 + bool(direct) + 2 * (bool(direct) and form.steps > 1) + 3 * placed), emit)
+
+
+@cache
+def row_sums(rows: int) -> Any:
+    """Numba function (a, words, sums): of each row of packed words of bytes -128 times its sum, int32 [rows]."""
+
+    def emit(e: Emit, a: Value, words: Value, sums: Value) -> None:
+        b, kind = e.builder, ir.VectorType(I32, rows)
+
+        def step(number: Value, state: State) -> State:
+            word, total = e.load_raw(e.offset(a, number, WORD * rows), kind, WORD), state[0]
+            for byte in range(4):
+                up, down = (ir.Constant(kind, [shift] * rows) for shift in (24 - 8 * byte, 24))
+                total = b.add(total, b.ashr(b.shl(word, up), down))
+            return [total]
+
+        _, (total,) = e.loop(e.index(0), words, 1, [ir.Constant(kind, [0] * rows)], step)
+        e.store_raw(b.mul(total, ir.Constant(kind, [-128] * rows)), sums, WORD)
+
+    return intrinsic([types.int64] * 3, emit)
 
 
 @cache

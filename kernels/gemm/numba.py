@@ -38,10 +38,13 @@ def _default(problem: Problem) -> Config:
     dot = dtype in dot_formats() and dot_is_fast(dtype)
     lean = tiles[-1] if m == 1 else "4x64" if wide and (dot or zen()) else tiles[1]  # a tile for a few rows
     read = {"tile": lean, "block_m": 168, "block_k": 8, "unroll": 1, "prefetch": "next", "read_b": "direct"}
+    if dot and problem.flag("transpose", "nn")[1] == "n" and readable(problem, dot):
+        if lines := _lines(problem):
+            return {**read, **lines, "multiply": "dot"}
     # Zen 4, m = 4, b as [2048, 1024]: 3.2x torch in int8 and 2.4x in bf16, where packed it is 1.8x and 1.0x
-    if m <= (16 if dot else 4 if dtype == "int8" else FEW) and readable(problem, dot):
+    elif m <= (16 if dot else 4 if dtype == "int8" else FEW) and readable(problem, dot):
         return {**read, "multiply": "dot" if dot else "widen"}
-    if m <= 4 and readable(problem, dot=False):  # b along n, m = 4, in bf16: 1.9x instead of 1.6x, at 8 0.8x of that
+    if m <= 4 and readable(problem, dot=False):
         return {**read, "multiply": "widen"}
     multiply, late = "dot" if dot else "widen", problem["k"] <= MOST and m <= (672 if zen() else FEW)
     if wide and (zen() or (dot and late)):
@@ -54,6 +57,23 @@ def _default(problem: Problem) -> Config:
     block_m, block_k, unroll = (336, 512, 2) if wide else (168, 512 if near else 256, 4)
     shape = {"tile": tiles[0], "block_m": block_m, "block_k": block_k, "unroll": unroll}
     return {**shape, "prefetch": "none" if near else "next", "multiply": multiply, "read_b": "packed"}
+
+
+def _lines(problem: Problem) -> Config:
+    """How few rows meet b along n where it lies, in words; nothing if it is better packed.
+
+    Zen 4, one thread, of torch, packed -> so. int8, 4096 x 4096: m = 1 0.6 -> 3.3, 4 0.7 -> 2.3, 16 0.8 -> 1.2;
+    16 x 2048 x 1024: 0.99 -> 1.04. bf16, 4096 x 4096: m = 4 3.1 (widened 2.4), 16 1.1 -> 1.8, 32 1.0 -> 1.3. A sweep
+    of `block_k` rows of b stays in the L2 cache, and the sums come and go once for each.
+    """
+    m, n, item = problem["m"], problem["n"], ITEM[problem.precision]
+    if m > (32 if n * item > 4096 else 16):
+        return {}
+    if m == 1:
+        return {"tile": TILES[16][-1]}
+    if problem.precision == "int8":
+        return {"tile": "4x64" if m <= 4 else "8x48", "block_k": 16 if m <= 4 or n > 4096 else 32}
+    return {"tile": "4x64"} if m <= 4 or n > 2048 else {"tile": "8x48", "block_k": 32}
 
 
 SPACE = Space(

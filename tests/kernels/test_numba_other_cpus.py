@@ -43,6 +43,8 @@ GEMMS = (  # CPUs, precision, transpose, epilogue, tile, config; a tile takes lo
     ("avx512 generic", "fp32", "nt", "none", 1, DIRECT),
     ("avx512", "int8", "nt", "none", 5, {**DIRECT, "multiply": "dot"}),
     ("avx512", "bf16", "tt", "bias_relu", 5, {**DIRECT, "multiply": "dot"}),
+    ("avx512", "int8", "nn", "none", 5, {**DIRECT, "multiply": "dot"}),
+    ("avx512", "bf16", "tn", "bias_relu", 1, {**DIRECT, "multiply": "dot", "block_k": 16}),
     ("avx2 generic", "int8", "nt", "none", 2, DIRECT),
     ("avx512", "int8", "nn", "none", 5, {**PACKED, "multiply": "dot", "read_b": "late", "block_k": 256}),
     ("avx512", "bf16", "nt", "residual", 3, {**PACKED, "multiply": "dot", "read_b": "late", "block_k": 256}),
@@ -211,11 +213,12 @@ def run_vectors(name: str) -> None:
         if name in cpus.split():
             flags = {"transpose": transpose, "epilogue": epilogue}
             tiles = registry.impl("gemm/numba").load().SPACE.axes["tile"]
-            least = 0 if config["read_b"] != "direct" or precision == "fp32" else 64  # numbers of k that fill a vector
+            words = config["read_b"] == "direct" and precision != "fp32"  # k fills a vector, or n the widest tile
+            n, k = (128 * words, 0) if transpose[1] == "n" else (0, 64 * words)
             problems = shapes.drawn(
                 SHAPES,
-                lambda size, p=precision, f=flags, more=least: Problem.make(
-                    "gemm", p, f, m=size(), n=size(), k=more + size()
+                lambda size, p=precision, f=flags, n=n, k=k: Problem.make(
+                    "gemm", p, f, m=size(), n=n + size(), k=k + size()
                 ),
             )
             changed: Config = {**config, "tile": tiles[tile]}

@@ -146,16 +146,19 @@ PATHS = [
     ("fp32", "tn", {"read_b": "late", "tile": 0, "block_m": 56, "block_k": 256, "prefetch": "next"}),
     ("bf16", "nt", {"read_b": "late", "tile": 1, "block_m": 56, "block_k": 256, "prefetch": "none"}),
 ]
-PATH_NAMES = ["packed", "int8", "direct", "dots", "words", "late", "late along k"]
+if "int8" in dot_formats():
+    PATHS.append(("int8", "nn", {"read_b": "direct", "tile": 1, "block_k": 16, "multiply": "dot"}))
+PATH_NAMES = ["packed", "int8", "direct", "dots", "words", "late", "late along k", "lines"][: len(PATHS)]
 
 
 @pytest.mark.parametrize(("precision", "transpose", "config"), PATHS, ids=PATH_NAMES)
 def test_gemm(precision: str, transpose: str, config: Config) -> None:
     tiles = registry.impl("gemm/numba").load().SPACE.axes["tile"]
     flags = {"transpose": transpose}
-    least = 64 if precision == "int8" and config["read_b"] == "direct" else 0  # numbers of k that fill a vector
+    words = precision == "int8" and config["read_b"] == "direct"  # k fills a vector, or n the widest tile
+    n, k = (128 * words, 0) if transpose[1] == "n" else (0, 64 * words)
     problems = drawn(
-        SHAPES // 4, lambda size: Problem.make("gemm", precision, flags, m=size(), n=size(), k=least + size())
+        SHAPES // 4, lambda size: Problem.make("gemm", precision, flags, m=size(), n=n + size(), k=k + size())
     )
     fixed = {"block_m": 168, "unroll": 1, "prefetch": "next", "multiply": "widen"}
     race_shapes(problems, lambda problem: {**fixed, **config, "tile": tiles[config["tile"]]})
