@@ -58,7 +58,7 @@ def run(chosen: argparse.Namespace) -> ExitCode:
             console.print("nothing to prove: these competitors run on this device; without --evidence only they race")
             return ExitCode.NOTHING_RAN
         console.print(f"records: {session.path}", style="dim", highlight=False)
-    return verdict(records)
+    return verdict(records, [impl.key for impl in loaded])
 
 
 def measure(
@@ -183,9 +183,16 @@ def prove(
     return proofs
 
 
-def verdict(records: Sequence[Record]) -> ExitCode:
-    """1 if something is wrong, 4 if nothing could run, else 0. A competitor that cannot run here is no fault."""
-    if any(r.status == Status.WRONG for r in records):
+BROKEN = Status.FAILED_COMPILE, Status.FAILED_LAUNCH, Status.FAILED_CRASH, Status.TIMEOUT
+
+
+def verdict(records: Sequence[Record], loaded: Sequence[str] = ()) -> ExitCode:
+    """1 if something is wrong, or one of `loaded` fails, 4 if nothing could run, else 0.
+
+    A competitor of ours that cannot run here is no fault of the user's; a kernel that somebody brings (`--load`) and
+    that crashes is what a test of it has to notice.
+    """
+    if any(r.status == Status.WRONG or (r.status in BROKEN and r.impl in loaded) for r in records):
         return ExitCode.REGRESSION
     measured = [r for r in records if r.evidence == Evidence.MEASURED]
     if measured and not any(r.status == Status.OK for r in records):

@@ -210,6 +210,15 @@ def test_a_wrong_kernel_has_no_time_and_exit_code_1(kernel) -> None:  # type: ig
     assert "Frobenius" in mine["reason"]
 
 
+def test_a_kernel_that_one_brings_and_that_fails_is_exit_code_1(kernel) -> None:  # type: ignore[no-untyped-def]
+    done = bench("run", "softmax[m=64,n=256,fp32]", "--only", "torch", "--load", str(kernel("raise ValueError('no')")),
+                 "--rounds", "6", "--evidence", "none", "--json")  # fmt: skip
+    assert done.returncode == ExitCode.REGRESSION, done.stderr
+    status = {r["impl"]: r["status"] for r in map(json.loads, done.stdout.splitlines())}
+    assert status.pop("softmax/mine").startswith("failed")
+    assert "ok" in status.values()
+
+
 def test_ceilings_of_another_device_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     log = store.Log(path)
