@@ -41,10 +41,6 @@ BAD = {
     "error without bound": (["tune", "gemm", "--max-error", "nan"], "--max-error must be positive"),
     "no rounds": (["run", "softmax", "--rounds", "0"], "--rounds must be positive"),
     "a check without rounds": (["check", "--baseline", "x", "--rounds", "0"], "--rounds must be positive, not 0"),
-    "a weight of nothing": (
-        ["tune", "softmax[m=8,n=8,fp32]", "--weight", "softmax[m=9,n=8,fp32]=2"],
-        "--weight softmax[m=9,n=8,fp32]: is none of the problems to tune: softmax[m=8,n=8,fp32]",
-    ),
     "no such folder": (["run", "softmax", "--json", "/no/such/folder/x.jsonl"], "there is no folder /no/such/folder"),
     "a folder as a file": (["run", "softmax", "--csv", "/tmp"], "--csv /tmp: is a folder; give a file in it"),
     "no such run": (["compare", "nothing", "latest"], "nothing"),

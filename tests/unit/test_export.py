@@ -148,16 +148,6 @@ def test_an_export_replaces_its_own_folder_only(tmp_path: Path) -> None:
         export.write(tmp_path, choices, here, 1, "my-kernels")
 
 
-def test_an_export_never_replaces_a_readme_of_the_users(tmp_path: Path) -> None:
-    here = device.find("cpu")
-    choices, _ = export.winners([raced("softmax[m=8,n=64]", 1.5)], here, 1)
-    (tmp_path / "README.md").write_text("# my project\n")
-    with pytest.raises(UsageError, match=r"README.md exists and is no export of ours"):
-        export.write(tmp_path, choices, here, 1)
-    assert not (tmp_path / export.NAME).exists()
-    assert (tmp_path / "README.md").read_text() == "# my project\n"
-
-
 def test_float32_tensors_are_fp32_wherever_tf32_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def form(precision: str) -> dict[str, Any]:
         pairs = [["float32", ["m", "k"]], ["float32", ["k", "n"]]]
