@@ -96,7 +96,8 @@ def test_one_budget_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_weight_of_no_problem_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert ran(*SHAPES[:2], "--budget", "4", "--weight", "softmax[m=64,n=127]=2") == ExitCode.USAGE
-    assert "softmax[m=64,n=127,fp32]: is none of the problems to tune: softmax[m=64,n=128,fp32]" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "softmax[m=64,n=127,fp32]: is none of the problems to tune: softmax[m=64,n=128,fp32]" in said
     assert Sitting.fakes == []
 
 
