@@ -27,11 +27,13 @@ SHORT = 512  # columns of a row whose sums across lanes take longer than its vis
 
 def _default(problem: Problem) -> Config:
     large = problem["m"] * problem["n"] * ITEM[problem.precision] > LARGE
-    short, near = problem["n"] <= SHORT, 4 * problem["n"] * ITEM[problem.precision] <= NEAR
+    row = problem["n"] * ITEM[problem.precision]
+    # Zen 4, in the caches: four rows at once are 1.02 to 1.17 times as fast where one is 1.5 to 4 KB, 0.8 at 8 KB
+    short = problem["n"] <= SHORT or (zen() and not large and row <= 4096)
     # beyond the caches 1.16 to 1.24 times as fast on a Xeon, at 256 columns 0.94; on Zen 4 0.9 to 1.07 at 1024 columns,
     # 0.7 to 1.0 at 4096; CPUs with narrower vectors were not measured
     far = zen() and problem["n"] > 2048
-    abreast = large and not short and not far and near and _lines(problem) and vector_width() == 16
+    abreast = large and not short and not far and 4 * row <= NEAR and _lines(problem) and vector_width() == 16
     return {
         "unroll": 2 if short or abreast else 8,
         "rows": 4 if short or abreast else 1,
