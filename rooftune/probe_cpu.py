@@ -13,6 +13,7 @@ from rooftune.probe import Entry, entry, missing
 
 # one core's L2 and below, L2, then L3s: a problem's roof is that of the nearest, and from one to the next a Zen 4 with
 # 32 MiB falls from 75 GB/s to 37
+TOGETHER = 2**28  # bytes to move before threads are joined: 32 MiB take 0.4 ms, the start of a thread 0.1
 COPY_SETS = (2**18, 2**21, 2**24, 2**25, 2**26, 2**27)
 BEYOND_MIN = 2**28  # the largest set, where twice the last-level cache is less
 COPY_SAMPLE_S = 2e-3
@@ -62,6 +63,18 @@ def _by_threads(
     return ways
 
 
+def _in_parts(
+    move: Callable[[int, int, int], Any], target: int, source: int, part: int, times: int, threads: int
+) -> Callable[[], None]:
+    """A call that moves a part of so many bytes in each thread, `times` times."""
+
+    def own(thread: int) -> None:
+        for _ in range(times):
+            move(target + thread * part, source + thread * part, part)
+
+    return lambda: probe_registers.in_threads(own, threads)
+
+
 def _copies(threads: int, samples: int) -> list[dict[str, Any]]:
     """Copy bandwidth, bytes read and written, of source and destination of several sizes together."""
     import torch
@@ -72,28 +85,21 @@ def _copies(threads: int, samples: int) -> list[dict[str, Any]]:
     for size in sorted({*(s for s in COPY_SETS if s < beyond), beyond}):
         source = torch.full((size // 2,), 85, dtype=torch.uint8)  # written once, so every page is its own
         target = torch.zeros_like(source)
-        step = size // 2 // threads
 
         def copy(target: Any = target, source: Any = source) -> None:
             target.copy_(source)
 
-        def move(target: Any = target, source: Any = source, step: int = step) -> None:
-            here, there = source.data_ptr(), target.data_ptr()
-            probe_registers.in_threads(lambda i: ctypes.memmove(there + i * step, here + i * step, step), threads)
-
         ways = _by_threads("torch copy_", copy, size / 1e9, threads, samples, COPY_SAMPLE_S)
         if size > 2**24:  # the C library may write past the cache, which saves a third of the traffic
-            ways[f"memmove, threads={threads}"] = best_rates(move, step * threads * 2 / 1e9, samples, COPY_SAMPLE_S)
-            if past is not None:
-                part = size // 2 // threads // probe_registers.GRAIN * probe_registers.GRAIN
-
-                def stream(target: Any = target, source: Any = source, part: int = part) -> None:
-                    here, there = source.data_ptr(), target.data_ptr()
-                    probe_registers.in_threads(lambda i: past(there + i * part, here + i * part, part), threads)
-
-                work, now = part * threads * 2 / 1e9, time.thread_time if threads == 1 else time.perf_counter
-                name = f"stores past the caches, threads={threads}"
-                ways[name] = best_rates(stream, work, samples, COPY_SAMPLE_S, now)
+            part, times = (
+                size // 2 // threads // probe_registers.GRAIN * probe_registers.GRAIN,
+                max(1, TOGETHER // size),
+            )
+            work, now = times * part * threads * 2 / 1e9, time.thread_time if threads == 1 else time.perf_counter
+            for name, move in (("memmove", ctypes.memmove), ("stores past the caches", past)):
+                if move is not None:
+                    call = _in_parts(move, target.data_ptr(), source.data_ptr(), part, times, threads)
+                    ways[f"{name}, threads={threads}"] = best_rates(call, work, samples, COPY_SAMPLE_S, now)
         how = max(ways, key=lambda w: max(ways[w]))
         found.append({"working_set_bytes": size, **entry(ways[how], "GB/s", how)})
     return found
