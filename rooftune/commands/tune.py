@@ -103,12 +103,15 @@ class Plan:
         weights: dict[str, float] = {}
         for text in chosen.weight:
             problem, _, number = text.rpartition("=")
-            if not re.fullmatch(r"\d+(\.\d+)?", number):
-                raise UsageError(f"--weight {text}: write PROBLEM=NUMBER, such as 'softmax[m=64,n=512]=2.5'")
+            if not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
+                raise UsageError(f"--weight {text}: write PROBLEM=NUMBER above 0, such as 'softmax[m=64,n=512]=2.5'")
             weights[str(registry.problem(problem))] = float(number)
         seed = chosen.seed or 0  # part of the journal's key: a drawn seed would never find its journal again
         history = [tuning for path in chosen.history for tuning in formats.load(Path(path))]
         shared = chosen.share or bool(weights)
+        if shared and chosen.max_error is not None:
+            given = "--share" if chosen.share else "--weight"
+            raise UsageError(f"{given} and --max-error: a budget is shared among problems, not among their precisions")
         return cls(name, budget, chosen.objective, seed, shared, weights, history, timing)
 
 

@@ -38,6 +38,8 @@ BAD = {
     "larger than memory": (["run", "softmax[m=4000000,n=400000]", "--dtype", "fp32"], "GiB for inputs, output"),
     "missing kernel file": (["run", "softmax", "--load", "nowhere.py"], "nowhere.py: no such file"),
     "negative error": (["tune", "gemm", "--max-error", "-1"], "--max-error must be positive"),
+    "weight of nothing": (["tune", "softmax", "--weight", "softmax[m=64,n=512]=0"], "write PROBLEM=NUMBER above 0"),
+    "shared precisions": (["tune", "gemm", "--share", "--max-error", "1e-2"], "--share and --max-error: a budget is"),
     "error without bound": (["tune", "gemm", "--max-error", "nan"], "--max-error must be positive"),
     "no rounds": (["run", "softmax", "--rounds", "0"], "--rounds must be positive"),
     "a check without rounds": (["check", "--baseline", "x", "--rounds", "0"], "--rounds must be positive, not 0"),
