@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -39,7 +40,8 @@ def known_problems(device: devices.Device, threads: int | None = None) -> list[P
         for record in records:
             mine = record.device.get("identity") == identity and record.evidence == Evidence.MEASURED
             if mine and threads in (None, record.regime.get("threads")) and record.op in registry.op_names():
-                found[registry.problem(record.problem)] = None
+                with contextlib.suppress(UsageError):  # of an older version: an operator may have lost a flag
+                    found[registry.problem(record.problem)] = None
     return sorted(found, key=str)
 
 

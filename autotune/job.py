@@ -45,7 +45,7 @@ class Job:
         history: earlier tunings of the same kernel, elsewhere; those of our own journals are found by themselves.
         also: configs to measure in any case, once the search's budget is spent: winners of other shapes.
     Raises:
-        UsageError: unknown search, no valid config, a default that breaks a constraint.
+        UsageError: unknown search, no valid config.
     """
 
     def __init__(

@@ -114,7 +114,7 @@ def tune(
         energy: measure the joules of the best few in any case; the objective decides alone.
         table: where a winner goes, if it `enters`; the default table if not given.
     Raises:
-        UsageError: unknown search or objective, no valid config, a default that breaks a constraint.
+        UsageError: unknown search or objective, no valid config.
         Unavailable: the competitor cannot run here, or stopped running; or no sensor for the objective.
     """
     spend = Budget.parse(budget) if isinstance(budget, str) else budget
