@@ -108,6 +108,16 @@ def test_what_fp16_rounds_below_its_normal_numbers_is_no_fault() -> None:
     assert "Frobenius" in verdict.reason
 
 
+def test_sums_of_very_many_terms_may_err_as_fp32_does_and_no_more() -> None:
+    problem, op = registry.problem("gemm[m=8,n=8,k=100003]"), registry.op("gemm")
+    for seed in range(3):
+        verdict = check.check_case(op, problem, lambda out, a, b: torch.matmul(a, b, out=out), seed=seed)
+        assert verdict.ok, verdict.reason
+    for wrong in (lambda a, b: a[:, :-1] @ b[:-1], lambda a, b: (a.bfloat16() @ b.bfloat16()).float()):
+        verdict = check.check_case(op, problem, lambda out, a, b, wrong=wrong: out.copy_(wrong(a, b)), seed=1)
+        assert "Frobenius" in verdict.reason
+
+
 WRONG_GEMMS = {
     "drops one step of k": "out.copy_(a[:, :-1] @ b[:-1])",
     "accumulates in fp16": (
