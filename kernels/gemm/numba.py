@@ -62,18 +62,20 @@ def _default(problem: Problem) -> Config:
 def _lines(problem: Problem) -> Config:
     """How few rows meet b along n where it lies, in words; nothing if it is better packed.
 
-    Zen 4, one thread, of torch, packed -> so. int8, 4096 x 4096: m = 1 0.6 -> 3.3, 4 0.7 -> 2.3, 16 0.8 -> 1.2;
-    16 x 2048 x 1024: 0.99 -> 1.04. bf16, 4096 x 4096: m = 4 3.1 (widened 2.4), 16 1.1 -> 1.8, 32 1.0 -> 1.3. A sweep
-    of `block_k` rows of b stays in the L2 cache, and the sums come and go once for each.
+    Zen 4, one thread, of torch, packed -> so. int8, 4096 x 4096: m = 1 0.6 -> 3.3, 4 0.7 -> 2.6, 12 2.0, 24 0.8 -> 1.5;
+    2048 x 1024: m = 16 0.99 -> 1.25. bf16, 4096 x 4096: m = 4 3.1 (widened 2.4), 16 1.1 -> 1.8, 32 1.0 -> 1.3. A sweep
+    of `block_k` rows of b stays in a cache, and the sums come and go once for each.
     """
-    m, n, item = problem["m"], problem["n"], ITEM[problem.precision]
-    if m > (32 if n * item > 4096 else 16):
-        return {}
+    m, n = problem["m"], problem["n"]
     if m == 1:
         return {"tile": TILES[16][-1]}
-    if problem.precision == "int8":
-        return {"tile": "4x64" if m <= 4 else "8x48", "block_k": 16 if m <= 4 or n > 4096 else 32}
-    return {"tile": "4x64"} if m <= 4 or n > 2048 else {"tile": "8x48", "block_k": 32}
+    if problem.precision == "int8" and m <= 32:
+        twelve = 8 < m <= 12 or (16 < m <= 24 and n > 2048)  # rows a tile: as few panels as 8 make, or fewer
+        lines = m <= 8 and n > (2048 if m <= 4 else 4096)
+        return {"tile": "4x64" if m <= 4 else "12x32" if twelve else "8x48", "block_k": 16 if lines else 256}
+    if problem.precision == "bf16" and m <= (32 if n > 2048 else 16):
+        return {"tile": "4x64"} if m <= 4 or n > 2048 else {"tile": "8x48", "block_k": 32}
+    return {}
 
 
 SPACE = Space(
