@@ -45,7 +45,7 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
     """
     a_along_k, b_along_k = transpose[0] == "n", transpose[1] == "t"
     fp32, group, arguments = Format("fp32", 1), columns_at_once(rows, columns), arguments_of(*ARGUMENTS)
-    words = form.steps > 1 or form.accumulator == "int32"
+    words, unsigned = form.steps > 1 or form.accumulator == "int32", form.unsigned_a
     pack_a, pack_b = pack(form, 1 if b_along_k else rows, a_along_k), pack(form, columns, False)
     multiply = tile(form if words else fp32, rows, columns, direct=form.dtype)
     packed, begin = tile(fp32, rows, columns), row_sums(rows)
@@ -63,7 +63,7 @@ def compiled_thin(form: Format, transpose: str, epilogue: str, rows: int, column
             first = min(i * tall, m - 1)
             source = a + first * (k if a_along_k else 1) * item
             pack_a(source, a_pack + i * tall * row, min(tall, m - first), k if a_along_k else m, k)
-            if words and not b_along_k:
+            if unsigned and not b_along_k:
                 begin(a_pack + i * tall * row, row // 4, b_pack + i * tall * 4)
         if not words and not b_along_k and n < columns:
             pack_b(b, b_pack, n, n, k)

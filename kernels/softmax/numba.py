@@ -136,10 +136,8 @@ class _Elements:
     parts = 1  # vectors of fp32 that a loaded one makes
 
     def __init__(self, e: Emit, dtype: str) -> None:
-        self.e, self.degree = (
-            e,
-            {"fp32": 5, "fp16": 4, "bf16": 3}[dtype],
-        )  # bf16: errors of 0.0001, half a unit is 0.002
+        self.e = e
+        self.degree = {"fp32": 5, "fp16": 4, "bf16": 3}[dtype]  # of exp2; bf16: errors of 0.0001, half a unit is 0.002
 
     def larger(self, value: Value, so_far: Value) -> Value:
         return self.e.max(value, so_far)
