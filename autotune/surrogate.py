@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from rooftune.autotune.features import Array, Features, Rows
 from rooftune.autotune.forest import Forest
 from rooftune.autotune.process import Process, compress, log_improvement
 from rooftune.autotune.warm import Trend
-
-Flags = npt.NDArray[np.bool_]
 
 STEPS = 30, 12  # gradient steps per fit, with few outcomes and with MANY: fits start from the last one
 MANY = 50

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -126,16 +126,18 @@ class Table:
         """Add an entry; it replaces one with the same key."""
         with self._locked():
             kept = [e for e in self.entries() if e.key() != entry.key()]
-            body = {"schema": SCHEMA, "entries": [asdict(e) for e in [*kept, entry]]}
-            store.atomic_write(self.path, json.dumps(body, indent=1, allow_nan=False) + "\n")
+            self._write([*kept, entry])
 
     def drop(self, entry: Entry) -> None:
         """Take an entry out again, if it is still as given: its config did not beat the default another time."""
         with self._locked():
             entries = self.entries()
             if entry in entries:
-                body = {"schema": SCHEMA, "entries": [asdict(e) for e in entries if e != entry]}
-                store.atomic_write(self.path, json.dumps(body, indent=1, allow_nan=False) + "\n")
+                self._write([e for e in entries if e != entry])
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        body = {"schema": SCHEMA, "entries": [asdict(e) for e in entries]}
+        store.atomic_write(self.path, json.dumps(body, indent=1, allow_nan=False) + "\n")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

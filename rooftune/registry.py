@@ -22,10 +22,10 @@ from typing import Any
 
 from rooftune import sources
 from rooftune.core import PRECISIONS, Op, Problem, UsageError, unknown
+from rooftune.device import VENDORS
 
 KERNELS = "rooftune.kernels"
 ENTRY_POINTS = "rooftune.kernels"  # group: a package with the same folder layout
-DEVICES = ("cpu", "cuda", "rocm")  # kinds, as in `device.VENDORS`
 LITERALS = ("DEVICES", "PRECISIONS", "REQUIRES", "ENV", "OP", "BASELINE", "PER_SHAPE")
 
 
@@ -214,7 +214,7 @@ def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
     for needed in ("DEVICES", "PRECISIONS"):
         if needed not in values:
             raise UsageError(f"{path} has no {needed}; a kernel file declares DEVICES, PRECISIONS, SPACE and build()")
-    for needed, what, known in (("DEVICES", "device", DEVICES), ("PRECISIONS", "precision", tuple(PRECISIONS))):
+    for needed, what, known in (("DEVICES", "device", tuple(VENDORS)), ("PRECISIONS", "precision", tuple(PRECISIONS))):
         if not isinstance(values[needed], tuple | list):
             raise UsageError(f'{path}: {needed} must be a tuple of names, such as ("{known[0]}",)')
         for name in values[needed]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rooftune import audit, check, registry
-from rooftune.worker import Session
+from rooftune.worker import LATER, Buffers, Handle, Session
 
 PROBLEM = registry.problem("softmax[m=64,n=512]")
 HONEST = "torch.softmax(x, -1, out=out)"
@@ -150,3 +150,21 @@ def test_waiting_is_no_memory() -> None:
 
 def test_a_short_call_may_take_longer_at_first() -> None:
     assert audit.remembers(4e-4, 1e-6, lambda: pytest.fail("there is no suspicion"), "cpu") == ""
+
+
+def test_other_contents_come_before_the_first_call_that_is_compared() -> None:
+    """The first call after a pause pays for memory that went back to the system: that is no memory of answers."""
+    seen: list[float] = []
+    op = registry.op(PROBLEM.op)
+
+    def run(out: torch.Tensor, x: torch.Tensor) -> None:
+        seen.append(float(x.sum()))
+        torch.softmax(x, -1, out=out)
+
+    handle = Handle(run, Buffers(op, PROBLEM, "cpu"))
+    handle.pair(seed=3)
+    calls = 2 + LATER
+    before, compared = seen[:-calls], seen[-calls:]
+    assert len(before) == calls
+    assert len(set(before)) == len(set(compared)) == 1
+    assert before[0] != compared[0]
