@@ -13,11 +13,12 @@ from typing import Any
 
 from rooftune import device, registry, sensors
 from rooftune.autotune.tuner import TuneResult, tune
-from rooftune.check import generator, sample_rows
+from rooftune.check import generator
 from rooftune.core import PRECISIONS, Problem, RooftuneError
 from rooftune.energy import Energy
 from rooftune.lab import Lab
 from rooftune.registry import Impl
+from rooftune.screen import sample_rows
 
 ROWS = 64  # of the output, for the error of rounding the inputs: some 10^4 values, and it is a norm over all of them
 

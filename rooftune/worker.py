@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 from weakref import WeakValueDictionary
 
-from rooftune import audit, check, clock, registry
+from rooftune import audit, check, clock, registry, screen
 from rooftune.core import CompileError, Op, Problem, RooftuneError, Status
 from rooftune.fence import Fenced, bits
 from rooftune.nursery import die_with_parent
@@ -106,7 +106,7 @@ class Handle:
         if parts and self.verified:
             return sorted(random.Random(seed).sample(range(total), min(total, VERIFY_ROWS)))
         self.verified = True
-        return check.sample_rows(total, seed, VERIFY_ROWS, parts)
+        return screen.sample_rows(total, seed, VERIFY_ROWS, parts)
 
     def look(self, rows: list[int]) -> Any:
         """These rows of the output as they are now: what is written later is too late."""

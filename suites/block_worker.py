@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from rooftune import check, registry
+from rooftune import check, registry, screen
 from rooftune.core import RooftuneError, Status
 from rooftune.fence import Fenced
 from rooftune.suites.block_math import Glue, Tensors, dtype, reference, weights
@@ -157,7 +157,7 @@ class Block:
             problem = registry.problem(step.problem)
             got = self.tensors[step.name].detach()
             got = got.reshape(-1, got.shape[-1])
-            rows = check.sample_rows(got.shape[0], seed, SAMPLED_ROWS)
+            rows = screen.sample_rows(got.shape[0], seed, SAMPLED_ROWS)
             inputs = [self.tensors[name] for name in step.reads]
             where = check.place(inputs, self.device)
             wrong, figures = check.compare(registry.op(problem.op), problem, got, inputs, rows, "block", where)

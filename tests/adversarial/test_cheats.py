@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from rooftune import check, registry
+from rooftune import check, registry, screen
 from rooftune.core import Problem
 from rooftune.registry import load_file
 
@@ -155,19 +156,68 @@ def test_large_outputs_are_sampled_and_still_watched_everywhere(tmp_path: Path) 
     assert "never written" in verdict.reason
 
 
-def test_integers_that_are_never_written_are_missed_in_rows_that_are_not_compared() -> None:
-    """-1 is the poison of integers and may be an answer: another poison tells who never wrote."""
+def test_integers_that_one_call_leaves_out_are_missed_in_rows_that_are_not_compared() -> None:
+    """What is written in two calls and left out in the third, which has another poison: its bits tell."""
     problem = registry.problem("gemm[m=2000,n=300,k=300,int8]")
     assert registry.op("gemm").flops(problem) > check.WHOLE_FLOPS
-    hole = next(i for i in range(1, 1999) if not {i} & {r for s in (7, 8) for r in check.sample_rows(2000, s)})
+    calls = []
 
     def holes(out, a, b):  # type: ignore[no-untyped-def]
         full = torch._int_mm(a, b)
-        out[:hole], out[hole + 1 :] = full[:hole], full[hole + 1 :]
+        calls.append(0)
+        rows = [i for i in range(2000) if len(calls) < 3 or i != 1000]
+        out[rows] = full[rows]
 
     verdict = check.check(registry.op("gemm"), problem, {}, lambda p, c: holes, seed=7, thorough=False)
     assert not verdict.ok
-    assert "integers differ" in verdict.reason
+    assert verdict.reason == "integers differ from those of the call before (third call, nothing changed)"
+
+
+LARGE = [  # problems whose float64 reference is of some rows only, and one number that is wrong
+    ("gemm[m=1500,n=700,k=300,fp32]", (777, 333), 0.3),
+    ("gemm[m=1500,n=700,k=300,transpose=nt,bf16]", (1200, 0), 6.0),
+    ("gemm[m=1500,n=704,k=304,int8]", (777, 333), 1),
+    ("gemm[m=1500,n=700,k=300,transpose=tn,epilogue=residual,fp16]", (700, 699), 0.3),
+    ("gemm[m=1500,n=700,k=300,transpose=tt,epilogue=bias,fp32]", (1, 1), 0.01),
+    ("gemm[m=1500,n=700,k=300,epilogue=bias_gelu,fp32]", (777, 333), 0.3),
+    ("softmax[m=9000,n=200,fp32]", (4567, 100), 1e-4),
+    ("softmax[m=9000,n=200,bf16]", (4567, 100), 1e-2),
+    ("layernorm[m=9000,n=200,fp16]", (4567, 100), 0.1),
+    ("layernorm[m=9000,n=200,rms,fp32]", (4567, 100), 1e-3),
+    ("attention[b=1,h=4,hkv=2,sq=700,sk=900,d=64,causal,fp32]", (2500, 60), 1e-3),
+]
+
+
+@pytest.mark.parametrize(("text", "where", "off"), LARGE)
+def test_one_wrong_number_in_a_large_output_is_found(text: str, where: tuple[int, int], off: float) -> None:
+    problem = registry.problem(text)
+    op = registry.op(problem.op)
+    rows = math.prod(op.output(problem)[0][:-1])
+    for turn in (7, 8):
+        assert where[0] not in screen.sample_rows(rows, turn, screen.SAMPLED_ROWS), "found by chance"
+
+    def run(error: float) -> check.Run:
+        def fill(out: torch.Tensor, *inputs: torch.Tensor) -> None:
+            out.copy_(op.reference(problem, inputs, None).value.reshape(out.shape))
+            out.view(rows, -1)[where] += error
+
+        return fill
+
+    right = check.check(op, problem, {}, lambda p, c: run(0), seed=7, thorough=False)
+    assert right.ok, right.reason
+    assert right.rows is not None
+    assert screen.SAMPLED_ROWS < right.rows < rows
+    wrong = check.check(op, problem, {}, lambda p, c: run(off), seed=7, thorough=False)
+    assert not wrong.ok
+    assert f"at {where}" in wrong.reason
+    assert "suspect" in wrong.reason
+
+
+def test_a_large_output_without_a_formula_has_its_sampled_rows() -> None:
+    problem = registry.problem("softmax_bwd[m=9000,n=200,fp32]")
+    op = registry.op("softmax_bwd")
+    tensors = op.inputs(problem, check.generator("cpu", 1), "cpu", "normal")
+    assert screen.suspects(op, problem, torch.zeros(9000, 200), tensors) == []
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
-from rooftune import check, registry
+from rooftune import check, registry, screen
 from rooftune.autotune import gradients, inprocess
 from rooftune.core import Problem, Reference, Status, UsageError
 from rooftune.kernels import attention
@@ -113,11 +113,11 @@ def test_rows_of_a_reference_are_those_of_the_whole() -> None:
 
 
 def test_a_sample_has_the_edges_of_every_part() -> None:
-    rows = check.sample_rows(1002, 3, 48, {"dx": 1000, "dweight": 1, "dbias": 1})
+    rows = screen.sample_rows(1002, 3, 48, {"dx": 1000, "dweight": 1, "dbias": 1})
     assert {0, 999, 1000, 1001} <= set(rows)
     assert len(rows) == 48 or len(rows) == 47  # a random row may be an edge
-    assert check.sample_rows(1002, 3, 6, {"dq": 500, "dk": 251, "dv": 251})[:1] == [0]
-    assert check.sample_rows(5, 3, 48) == list(range(5))
+    assert screen.sample_rows(1002, 3, 6, {"dq": 500, "dk": 251, "dv": 251})[:1] == [0]
+    assert screen.sample_rows(5, 3, 48) == list(range(5))
 
 
 def test_a_small_part_is_judged_by_itself() -> None:
