@@ -1,7 +1,8 @@
 """What a competitor is made of: its file, what that imports of a kernels folder, and what its CUDA C++ includes.
 
 A result, a tuned entry or a proof holds for one state of these files. Shared files that a competitor does not use
-may change without making its results old.
+may change without making its results old; so may what judges it: of its operator's `__init__.py` (inputs, reference,
+limits) only the definitions that it imports are part of it.
 """
 
 from __future__ import annotations
@@ -26,27 +27,65 @@ def digest(path: Path, roots: Mapping[str, Path]) -> str:
         roots: name of a package of kernels -> its folder.
     """
     made = hashlib.sha256()
-    for file in files(path, roots):
-        made.update(file.read_bytes())
+    for _, text in sorted(_sources(path, roots).items()):
+        made.update(text)
     return made.hexdigest()[:16]
 
 
 def files(path: Path, roots: Mapping[str, Path]) -> list[Path]:
-    """The file, its operator's `__init__.py`, and all that they need, in the order of their paths."""
-    found: set[Path] = set()
-    left = [path, path.parent / "__init__.py"]
+    """The file and all that it needs, in the order of their paths."""
+    return sorted(_sources(path, roots))
+
+
+def _sources(path: Path, roots: Mapping[str, Path]) -> dict[Path, bytes]:
+    """Every file that a competitor is made of, with what of it counts."""
+    found: dict[Path, bytes] = {}
+    wanted: dict[Path, set[str]] = {}  # names that are imported of an operator's __init__; "*": all of it
+    left: list[tuple[Path, tuple[str, ...]]] = [(path, ("*",)), (path.parent / "__init__.py", ("",))]
     while left:
-        file = left.pop()
-        if file in found or not file.is_file():
+        file, names = left.pop()
+        if not file.is_file() or wanted.get(file, set()) >= set(names):
             continue
-        found.add(file)
+        wanted.setdefault(file, set()).update(names)
+        found[file] = text = file.read_bytes()
         if file.suffix == ".py":
-            left += _modules(file, roots)
+            if file.name == "__init__.py" and "*" not in wanted[file]:
+                found[file] = text = _part(text.decode("utf-8"), frozenset(wanted[file])).encode("utf-8")
+            left += _modules(file, text.decode("utf-8"), roots)
             # `cupy.cu` beside `cupy.py`; the operator's __init__ has no such neighbours
-            left += file.parent.glob(f"{file.stem}.*")
+            left += [(near, ("*",)) for near in file.parent.glob(f"{file.stem}.*") if near != file]
         elif file.suffix in CUDA:
-            found.update(included(file, [root / HEADERS for root in roots.values()]))
-    return sorted(found)
+            found |= {near: near.read_bytes() for near in included(file, [root / HEADERS for root in roots.values()])}
+    return found
+
+
+@cache
+def _part(text: str, names: frozenset[str]) -> str:
+    """Of an operator's module the top-level statements that define these names, and what they need; any other whole."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return text
+    defines = [_defines(node) for node in tree.body]
+    if not any("OP" in names for names in defines):
+        return text
+    needed, before = set(names), 0
+    while len(needed) > before:
+        before = len(needed)
+        for node, own in zip(tree.body, defines, strict=True):
+            if own & needed:
+                needed |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    kept = [node for node, own in zip(tree.body, defines, strict=True) if own & needed]
+    return "\n".join(ast.get_source_segment(text, node) or "" for node in kept)
+
+
+def _defines(node: ast.stmt) -> set[str]:
+    """The names that a top-level statement binds."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def included(file: Path, folders: Sequence[Path]) -> list[Path]:
@@ -68,9 +107,9 @@ def included(file: Path, folders: Sequence[Path]) -> list[Path]:
     return sorted(found)
 
 
-def _modules(file: Path, roots: Mapping[str, Path]) -> Iterator[Path]:
-    """Files of the modules that a Python file imports out of packages of kernels."""
-    for level, name, names in _imports(file.read_text(encoding="utf-8")):
+def _modules(file: Path, text: str, roots: Mapping[str, Path]) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Files of the modules that a Python file imports out of packages of kernels, and which names it takes of each."""
+    for level, name, names in _imports(text):
         parts = name.split(".") if name else []
         if level:  # relative: one folder up for every dot after the first
             place = file.parents[level - 1]
@@ -80,10 +119,11 @@ def _modules(file: Path, roots: Mapping[str, Path]) -> Iterator[Path]:
                 continue
             place, parts = roots[root], parts[len(root.split(".")) :]
         place = place.joinpath(*parts)
-        yield place.with_suffix(".py") if parts else place / "__init__.py"
-        yield place / "__init__.py"
-        yield from (place / f"{one}.py" for one in names)  # `from package import module`
-        yield from (place / one / "__init__.py" for one in names)
+        yield (place.with_suffix(".py") if parts else place / "__init__.py"), names or ("*",)
+        yield place / "__init__.py", names or ("*",)
+        for one in names:  # `from package import module`
+            yield place / f"{one}.py", ("*",)
+            yield place / one / "__init__.py", ("*",)
 
 
 @cache

@@ -80,6 +80,49 @@ def test_kernels_of_another_package_use_ours_too(root: Path, tmp_path: Path) -> 
     assert found == {"mine.py", "part.py", "other.py", "__init__.py"}
 
 
+OPERATOR = """
+import math
+from rooftune.kernels.common import deeper
+from rooftune.kernels.common import other
+
+EPS = 2 * math.pi
+ROWS = 4
+def rows(problem): return helper(problem) * ROWS
+def helper(problem): return deeper.ONE
+def judge(problem): return other.TWO
+OP = dict(judge=judge, eps=EPS)
+"""
+
+
+def test_what_judges_a_competitor_is_no_part_of_it(root: Path) -> None:
+    roots = {"rooftune.kernels": root}
+    operator, kernel = root / "op" / "__init__.py", root / "op" / "mine.py"
+    operator.write_text(OPERATOR)
+    kernel.write_text("from rooftune.kernels.op import rows\n")
+
+    def changes(old: str, new: str) -> bool:
+        before = sources.digest(kernel, roots)
+        operator.write_text(OPERATOR.replace(old, new))
+        after = sources.digest(kernel, roots)
+        operator.write_text(OPERATOR)
+        return before != after
+
+    assert {p.name for p in sources.files(kernel, roots)} == {"mine.py", "__init__.py", "deeper.py"}
+    assert not changes("other.TWO", "3")  # nor what only that needs
+    assert not changes("2 * math.pi", "1e-5")
+    assert not changes("judge=judge", "judge=None")
+    assert changes("ROWS = 4", "ROWS = 5")
+    assert changes("deeper.ONE", "deeper.ONE + 1")
+    kernel.write_text("def run():\n    from . import EPS, rows\n")
+    assert changes("2 * math.pi", "1e-5")
+    kernel.write_text("from rooftune.kernels.op import *\n")
+    assert changes("judge=judge", "judge=None")
+    kernel.write_text("from rooftune.kernels import op\n")  # as a whole, so all of it may count
+    assert changes("judge=judge", "judge=None")
+    kernel.write_text("")
+    assert not changes(OPERATOR, "")
+
+
 def test_a_file_that_is_not_python_has_a_hash(root: Path) -> None:
     broken = root / "op" / "broken.py"
     broken.write_text("def (:\n")
@@ -94,5 +137,8 @@ def test_every_shared_file_is_part_of_some_competitor() -> None:
     root = roots[registry.KERNELS]
     impls = [impl for op in registry.op_names() for impl in registry.impls(op)]
     reached = {path for impl in impls for path in sources.files(impl.path, roots)}
+    reached |= {
+        path for op in registry.op_names() for path in sources.files(root / op / "__init__.py", roots)
+    }  # judges
     shared = {p for p in (root / "common").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert shared <= reached, sorted(str(p.relative_to(root)) for p in shared - reached)

@@ -331,3 +331,14 @@ def test_runs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(UsageError, match="run") as caught:
             store.resolve(text)
         assert "\n" not in str(caught.value)
+
+
+def test_a_source_hash_of_the_former_rule_is_read_as_todays(tmp_path: Path) -> None:
+    same = json.loads(store.SAME_SOURCES.read_text())
+    assert len(set(same.values())) == len(same) > 40  # one to one
+    assert not set(same) & set(same.values())
+    before, today = next(iter(same.items()))
+    log = store.Log(tmp_path / "run.jsonl")
+    for source in (before, today, "0" * 16, 7):
+        log.append({"kind": "trial", "source_hash": source})
+    assert [line["source_hash"] for line in log.read()[0]] == [today, today, "0" * 16, 7]
