@@ -42,8 +42,11 @@ def reference(problem: Problem, tensors: Sequence[Any], rows: Sequence[int] | No
     centred = x - mean
     rstd = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
     y = centred * rstd * weight
-    scale = (x.abs() + mean.abs()) * rstd * weight.abs()
+    scale = x.abs() * rstd * weight.abs()
     if not problem.flag("rms"):
+        # A mean errs by a share of what is summed, also where that cancels: relative to the mean itself, torch was
+        # called wrong in 7 of 25 checks of 16 columns, by a number near a mean of nearly 0.
+        scale = scale + x.abs().mean(-1, keepdim=True) * rstd * weight.abs()
         bias = tensors[2].double()
         y, scale = y + bias, scale + bias.abs()
     return Reference(y, 0.0 * y, scale)
