@@ -38,6 +38,10 @@ CHEATS = {
     "computes in bf16": ("out.copy_(torch.softmax(x.bfloat16(), -1))", "Frobenius"),
     "computes in fp16": ("out.copy_(torch.softmax(x.half(), -1))", "Frobenius"),
     "forgets the maximum": ("e = x.exp(); out.copy_(e / e.sum(-1, keepdim=True))", "large input"),
+    "begins the maximum at 0": (
+        "e = (x - x.amax(-1, keepdim=True).clamp_min(0)).exp(); out.copy_(e / e.sum(-1, keepdim=True))",
+        "equal input",
+    ),
     "hides NaN": ("torch.softmax(x.nan_to_num(), -1, out=out)", "should be nan"),
     "drops the tail of odd rows": (
         "n = x.shape[1] // 16 * 16\nout.zero_()\nif n: out[:, :n] = torch.softmax(x[:, :n], -1)",
@@ -155,6 +159,36 @@ def test_a_subtly_wrong_gemm_is_caught(tmp_path: Path, name: str) -> None:
     problem = registry.problem("gemm[m=64,n=64,k=64]" if "bf16" not in name else "gemm[m=64,n=64,k=64,bf16]")
     verdict = check.check(registry.op("gemm"), problem, {}, lambda p, c: run, seed=7)
     assert not verdict.ok
+
+
+ANOTHER_EPS = (
+    "x, n = x.float(), x.shape[-1]\nmean = x.mean(-1, keepdim=True) * bool(bias)\n"
+    "y = (x - mean) * (x.sub(mean).square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.float()\n"
+    "out.copy_(y + bias[0].float() if bias else y)"
+)
+FROM_ZERO = (
+    "s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[3] ** 0.5\n"
+    "e = (s - s.amax(-1, keepdim=True).clamp_min(0)).exp()\n"
+    "out.copy_(e / e.sum(-1, keepdim=True) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1))"
+)
+UNSEEN = {  # arguments, body, problem, reason
+    "norm": ("x, weight, *bias", ANOTHER_EPS, "layernorm[m=8,n=1024,bf16]", "small input"),
+    "rms": ("x, weight, *bias", ANOTHER_EPS, "layernorm[m=8,n=1024,rms,bf16]", "small input"),
+    "attention": ("q, k, v", FROM_ZERO, "attention[b=1,h=4,hkv=2,sq=40,sk=40,d=32]", "large input"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_random_numbers_do_not_show_is_caught(tmp_path: Path, name: str) -> None:
+    """A maximum that begins at 0, another EPS: right on random numbers of both signs and of size 1."""
+    arguments, body, text, words = UNSEEN[name]
+    path = tmp_path / "wrong.py"
+    path.write_text(f"import torch\ndef run(out, {arguments}):\n    " + body.replace("\n", "\n    ") + "\n")
+    run, problem = load_file(path).run, registry.problem(text)
+    assert check.check_case(registry.op(problem.op), problem, run, seed=7).ok
+    verdict = check.check(registry.op(problem.op), problem, {}, lambda p, c: run, seed=7)
+    assert not verdict.ok
+    assert words in verdict.reason, verdict.reason
 
 
 def test_large_outputs_are_sampled_and_still_watched_everywhere(tmp_path: Path) -> None:
