@@ -175,12 +175,25 @@ UNSEEN = {  # arguments, body, problem, reason
     "norm": ("x, weight, *bias", ANOTHER_EPS, "layernorm[m=8,n=1024,bf16]", "small input"),
     "rms": ("x, weight, *bias", ANOTHER_EPS, "layernorm[m=8,n=1024,rms,bf16]", "small input"),
     "attention": ("q, k, v", FROM_ZERO, "attention[b=1,h=4,hkv=2,sq=40,sk=40,d=32]", "large input"),
+    "-128": (
+        "a, b",
+        "out.copy_(a.clamp_min(-127).double() @ b.clamp_min(-127).double())",
+        "gemm[m=32,n=48,k=64,int8]",
+        "(integers)",
+    ),
+    "sums of two in 16 bits": (
+        "a, b",
+        "out.zero_()\nfor i in range(0, a.shape[1], 2):\n"
+        "    out += (a[:, i : i + 2].double() @ b[i : i + 2].double()).clamp(-32768, 32767).int()",
+        "gemm[m=32,n=48,k=64,int8]",
+        "(integers)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_random_numbers_do_not_show_is_caught(tmp_path: Path, name: str) -> None:
-    """A maximum that begins at 0, another EPS: right on random numbers of both signs and of size 1."""
+    """A maximum that begins at 0, another EPS, the least int8: right on random numbers of both signs and of size 1."""
     arguments, body, text, words = UNSEEN[name]
     path = tmp_path / "wrong.py"
     path.write_text(f"import torch\ndef run(out, {arguments}):\n    " + body.replace("\n", "\n    ") + "\n")
@@ -189,6 +202,18 @@ def test_what_random_numbers_do_not_show_is_caught(tmp_path: Path, name: str) ->
     verdict = check.check(registry.op(problem.op), problem, {}, lambda p, c: run, seed=7)
     assert not verdict.ok
     assert words in verdict.reason, verdict.reason
+
+
+def test_a_scale_that_was_remembered_is_caught() -> None:
+    problem, remembered = registry.problem("gemm[m=32,n=48,k=64,transpose=nt,fp8]"), list[float]()
+
+    def run(out, a, b, scale_a, scale_b):  # type: ignore[no-untyped-def]
+        remembered.append(float(scale_a) * float(scale_b))
+        out.copy_(a.float() @ b.float().t() * remembered[0])
+
+    verdict = check.check_case(registry.op("gemm"), problem, run, seed=7)
+    assert not verdict.ok
+    assert "second call" in verdict.reason
 
 
 def test_large_outputs_are_sampled_and_still_watched_everywhere(tmp_path: Path) -> None:
