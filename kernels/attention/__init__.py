@@ -17,7 +17,10 @@ from rooftune.kernels.common.data import normal
 
 
 def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "normal") -> tuple[Any, ...]:
-    """q, k, v. Kinds: normal, large (scores to about 1e3), equal (all keys alike: the mean of v), nan (in q)."""
+    """q, k, v. Kinds: normal, large (scores to about 1e3), equal (all keys alike: the mean of v), nan (in q).
+
+    The large scores of the last head are all below 0: who begins the maximum at 0 divides 0 by 0 there.
+    """
     b, h, hkv, d = (problem[x] for x in ("b", "h", "hkv", "d"))
     if h % hkv:
         raise UsageError(f"{problem}: h must be a multiple of hkv")
@@ -29,6 +32,8 @@ def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "n
     if kind == "large":
         q.mul_(16.0)
         k.mul_(16.0)
+        q[:, -1].abs_()
+        k[:, -1].abs_().neg_()
     elif kind == "equal":
         k.fill_(1.0)
     elif kind == "nan":

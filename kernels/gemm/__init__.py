@@ -21,8 +21,9 @@ def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "n
     """a, b as stored; then scale_a, scale_b: [1] fp32 for fp8; then what the epilogue adds, if it adds anything.
 
     Nothing for inf with bias_gelu: torch's own gelu(inf) is NaN on some CPUs, so there is no agreed answer.
-    Kinds: normal, integers (small whole numbers, for which every right kernel is exact), nan (one NaN
-    in a), inf (one infinity in a). fp8 with a bias or a residual holds it in bf16.
+    Kinds: normal, integers (small whole numbers, for which every right kernel is exact; int8: -128 and 127 only,
+    at which sums of two products leave 16 bits), nan (one NaN in a), inf (one infinity in a). fp8 with a bias or a
+    residual holds it in bf16, and its scales are drawn too: one that was remembered is another at the next call.
     """
     import torch
 
@@ -41,12 +42,13 @@ def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "n
     more = normal(added, "bf16" if problem.precision == "fp8" else problem.precision, generator, device)
     if kind == "integers":
         for t in (a, b, more):
-            t.copy_(torch.randint(-2, 3, t.shape, generator=generator, device=device).to(t.dtype))
+            whole = torch.randint(-2, 3, t.shape, generator=generator, device=device)
+            t.copy_(torch.where(whole < 0, -128, 127) if t.dtype == torch.int8 else whole)
     elif kind in ("nan", "inf"):
         a[0, 0] = math.nan if kind == "nan" else math.inf
     out: tuple[Any, ...] = (a, b)
     if problem.precision == "fp8":
-        out += tuple(torch.full((1,), s, dtype=torch.float32, device=device) for s in (0.5, 0.25))
+        out += tuple(2.0 ** torch.randint(-2, 2, (1,), generator=generator, device=device) for _ in range(2))
     if problem.flag("epilogue", "none") != "none":
         out += (more,)
     return out

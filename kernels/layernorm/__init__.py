@@ -18,7 +18,8 @@ EPS = 1e-5
 def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "normal") -> tuple[Any, ...]:
     """x: [m, n], weight: [n], bias: [n] (no bias with `rms`), all of the problem's precision.
 
-    Kinds: normal, large_mean (mean 100, deviation 1: a one-pass variance loses here), equal, nan.
+    Kinds: normal, large_mean (mean 100, deviation 1: a one-pass variance loses here), small (a variance of 1.5 EPS:
+    16 bits do not show another EPS beside a variance of 1), equal, nan.
     """
     m, n = problem["m"], problem["n"]
     x = normal((m, n), problem.precision, generator, device)
@@ -26,6 +27,8 @@ def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "n
     bias = normal((n,), problem.precision, generator, device)
     if kind == "large_mean":
         x.add_(100.0)
+    elif kind == "small":
+        x.mul_(2.0**-8)
     elif kind == "equal":
         x.fill_(3.0)
     elif kind == "nan":
@@ -42,8 +45,11 @@ def reference(problem: Problem, tensors: Sequence[Any], rows: Sequence[int] | No
     centred = x - mean
     rstd = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
     y = centred * rstd * weight
-    scale = (x.abs() + mean.abs()) * rstd * weight.abs()
+    scale = x.abs() * rstd * weight.abs()
     if not problem.flag("rms"):
+        # A mean errs by a share of what is summed, also where that cancels: relative to the mean itself, torch was
+        # called wrong in 7 of 25 checks of 16 columns, by a number near a mean of nearly 0.
+        scale = scale + x.abs().mean(-1, keepdim=True) * rstd * weight.abs()
         bias = tensors[2].double()
         y, scale = y + bias, scale + bias.abs()
     return Reference(y, 0.0 * y, scale)
@@ -77,6 +83,6 @@ OP = Op(
     tolerance=tolerance,
     ragged=ragged,
     small=lambda precision: [Problem.make("layernorm", precision, m=8, n=500)],
-    adversarial=("large_mean", "equal", "nan"),
+    adversarial=("large_mean", "small", "equal", "nan"),
     flags={"rms": ("", "1")},
 )

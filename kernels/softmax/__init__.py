@@ -11,12 +11,15 @@ from rooftune.kernels.common.data import normal, take
 
 
 def inputs(problem: Problem, generator: Any, device: str = "cpu", kind: str = "normal") -> tuple[Any, ...]:
-    """x: [m, n]. Kinds: normal, large (logits to 1e4), equal, neg_inf (masked entries and one whole row), nan."""
+    """x: [m, n]. Kinds: normal, large (logits to 1e4), equal, neg_inf (masked entries and one whole row), nan.
+
+    Equal ones are -300: who begins the maximum at 0, not at minus infinity, divides 0 by 0.
+    """
     x = normal((problem["m"], problem["n"]), problem.precision, generator, device)
     if kind == "large":
         x.mul_(2500.0)
     elif kind == "equal":
-        x.fill_(3.0)
+        x.fill_(-300.0)
     elif kind == "neg_inf":
         x[:, ::3] = -math.inf
         x[-1] = -math.inf

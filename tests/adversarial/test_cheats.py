@@ -39,6 +39,10 @@ CHEATS = {
     "computes in bf16": ("out.copy_(torch.softmax(x.bfloat16(), -1))", "Frobenius"),
     "computes in fp16": ("out.copy_(torch.softmax(x.half(), -1))", "Frobenius"),
     "forgets the maximum": ("e = x.exp(); out.copy_(e / e.sum(-1, keepdim=True))", "large input"),
+    "begins the maximum at 0": (
+        "e = (x - x.amax(-1, keepdim=True).clamp_min(0)).exp(); out.copy_(e / e.sum(-1, keepdim=True))",
+        "equal input",
+    ),
     "hides NaN": ("torch.softmax(x.nan_to_num(), -1, out=out)", "should be nan"),
     "drops the tail of odd rows": (
         "n = x.shape[1] // 16 * 16\nout.zero_()\nif n: out[:, :n] = torch.softmax(x[:, :n], -1)",
@@ -109,6 +113,21 @@ def test_what_fp16_rounds_below_its_normal_numbers_is_no_fault() -> None:
     assert "Frobenius" in verdict.reason
 
 
+def test_a_mean_that_cancels_may_err_as_its_terms_do() -> None:
+    """Rows of mean 0 with a number near it: of 524,288 random ones in rows of 16 there is one, and torch was wrong."""
+    problem, op = registry.problem("layernorm[m=64,n=16]"), registry.op("layernorm")
+    x, weight, bias = op.inputs(problem, check.generator("cpu", 1))
+    x[:, 0], bias[0] = 0.0, 0.0
+    x[:, 1:] -= x[:, 1:].mean(-1, keepdim=True)
+    x[:, 0] = 1e-6
+    reference = op.reference(problem, (x, weight, bias))
+    out = torch.nn.functional.layer_norm(x, (16,), weight, bias, 1e-5)
+    wrong, _ = check.judge(op, problem, out, reference)
+    assert not wrong, wrong
+    wrong, _ = check.judge(op, problem, out + 1e-5 * weight, reference)
+    assert wrong
+
+
 def test_sums_of_very_many_terms_may_err_as_fp32_does_and_no_more() -> None:
     problem, op = registry.problem("gemm[m=8,n=8,k=100003]"), registry.op("gemm")
     for seed in range(3):
@@ -141,6 +160,61 @@ def test_a_subtly_wrong_gemm_is_caught(tmp_path: Path, name: str) -> None:
     problem = registry.problem("gemm[m=64,n=64,k=64]" if "bf16" not in name else "gemm[m=64,n=64,k=64,bf16]")
     verdict = check.check(registry.op("gemm"), problem, {}, lambda p, c: run, seed=7)
     assert not verdict.ok
+
+
+ANOTHER_EPS = (
+    "x, n = x.float(), x.shape[-1]\nmean = x.mean(-1, keepdim=True) * bool(bias)\n"
+    "y = (x - mean) * (x.sub(mean).square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.float()\n"
+    "out.copy_(y + bias[0].float() if bias else y)"
+)
+FROM_ZERO = (
+    "s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[3] ** 0.5\n"
+    "e = (s - s.amax(-1, keepdim=True).clamp_min(0)).exp()\n"
+    "out.copy_(e / e.sum(-1, keepdim=True) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1))"
+)
+UNSEEN = {  # arguments, body, problem, reason
+    "norm": ("x, weight, *bias", ANOTHER_EPS, "layernorm[m=8,n=1024,bf16]", "small input"),
+    "rms": ("x, weight, *bias", ANOTHER_EPS, "layernorm[m=8,n=1024,rms,bf16]", "small input"),
+    "attention": ("q, k, v", FROM_ZERO, "attention[b=1,h=4,hkv=2,sq=40,sk=40,d=32]", "large input"),
+    "-128": (
+        "a, b",
+        "out.copy_(a.clamp_min(-127).double() @ b.clamp_min(-127).double())",
+        "gemm[m=32,n=48,k=64,int8]",
+        "(integers)",
+    ),
+    "sums of two in 16 bits": (
+        "a, b",
+        "out.zero_()\nfor i in range(0, a.shape[1], 2):\n"
+        "    out += (a[:, i : i + 2].double() @ b[i : i + 2].double()).clamp(-32768, 32767).int()",
+        "gemm[m=32,n=48,k=64,int8]",
+        "(integers)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_random_numbers_do_not_show_is_caught(tmp_path: Path, name: str) -> None:
+    """A maximum that begins at 0, another EPS, the least int8: right on random numbers of both signs and of size 1."""
+    arguments, body, text, words = UNSEEN[name]
+    path = tmp_path / "wrong.py"
+    path.write_text(f"import torch\ndef run(out, {arguments}):\n    " + body.replace("\n", "\n    ") + "\n")
+    run, problem = load_file(path).run, registry.problem(text)
+    assert check.check_case(registry.op(problem.op), problem, run, seed=7).ok
+    verdict = check.check(registry.op(problem.op), problem, {}, lambda p, c: run, seed=7)
+    assert not verdict.ok
+    assert words in verdict.reason, verdict.reason
+
+
+def test_a_scale_that_was_remembered_is_caught() -> None:
+    problem, remembered = registry.problem("gemm[m=32,n=48,k=64,transpose=nt,fp8]"), list[float]()
+
+    def run(out, a, b, scale_a, scale_b):  # type: ignore[no-untyped-def]
+        remembered.append(float(scale_a) * float(scale_b))
+        out.copy_(a.float() @ b.float().t() * remembered[0])
+
+    verdict = check.check_case(registry.op("gemm"), problem, run, seed=7)
+    assert not verdict.ok
+    assert "second call" in verdict.reason
 
 
 def test_large_outputs_are_sampled_and_still_watched_everywhere(tmp_path: Path) -> None:
