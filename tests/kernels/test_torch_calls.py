@@ -11,6 +11,7 @@ if importlib.util.find_spec("torch") is None:
     pytest.skip("torch not installed", allow_module_level=True)
 
 from rooftune import check, registry
+from rooftune.core import UsageError
 
 BOTH = {
     "gemm[m=33,n=40,k=50,fp32]": {"matmul", "matmul_new"},
@@ -31,3 +32,22 @@ def test_both_forms_of_a_call_enter_the_race(text: str) -> None:
     for call in BOTH[text]:
         verdict = check.check_case(op, problem, module.build(problem, configs[call]), seed=3)
         assert verdict.ok, f"{call}: {verdict.reason}"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("h", [2, 8])
+def test_torch_has_a_right_backward_of_heads_that_share_keys(h: int, precision: str) -> None:
+    """Its CPU kernel adds up their gradients in 16 bits: of 8 heads no check passed, and there was no torch."""
+    problem = registry.problem(f"attention_bwd[b=1,h={h},hkv=1,sq=128,d=64,{precision}]")
+    op, module = registry.op(problem.op), registry.impl("attention_bwd/torch").load()
+    right = set()
+    for config in module.SPACE.configs(problem):
+        try:
+            run = module.build(problem, config)
+        except UsageError:
+            continue
+        for seed in (1, 4, 7):
+            verdict = check.check_case(op, problem, run, seed=seed)
+            assert verdict.ok, f"{config}: {verdict.reason}"
+        right.add(config["call"])
+    assert module.SPACE.default_for(problem)["call"] in right
