@@ -7,12 +7,11 @@ import contextlib
 import math
 import os
 import secrets
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rooftune import device, race, registry
+from rooftune import device, race, registry, streams
 from rooftune.core import PRECISIONS, Problem, UsageError, unknown
 from rooftune.registry import Impl
 from rooftune.results.record import Record
@@ -192,7 +191,7 @@ def write(chosen: argparse.Namespace, records: Sequence[Record]) -> None:
     for form, make in makers.items():
         target = getattr(chosen, form, None)
         if target == "-":
-            sys.stdout.write(make(records))
+            streams.put(make(records))
         elif target:
             store.atomic_write(target, make(records))
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rooftune import evidence, race, registry
+from rooftune import evidence, race, registry, streams
 from rooftune.commands import common
 from rooftune.commands.run import measure
 from rooftune.core import Evidence, ExitCode, Problem, Status, UsageError
@@ -103,7 +103,7 @@ def _write_cells(chosen: argparse.Namespace, cells: Sequence[Cell]) -> None:
     for form, make in texts.items():
         target = getattr(chosen, form)
         if target == "-":
-            sys.stdout.write(make())
+            streams.put(make())
         elif target:
             store.atomic_write(target, make())
 

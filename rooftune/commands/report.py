@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from rooftune import evidence
+from rooftune import evidence, streams
 from rooftune.commands import common
 from rooftune.core import Evidence, ExitCode, UsageError
 from rooftune.results import history, store
@@ -111,6 +110,6 @@ def _as_json(s: Series, change: Change) -> dict[str, Any]:
 def _write(target: str, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if target == "-":
-        sys.stdout.write(text)
+        streams.put(text)
     else:
         store.atomic_write(target, text)

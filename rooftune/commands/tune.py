@@ -6,12 +6,11 @@ import argparse
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rooftune import race, registry
+from rooftune import race, registry, streams
 from rooftune.autotune import dispatch, final, formats, nearest, precisions, ranking, search, tuner
 from rooftune.autotune.formats import Tuning
 from rooftune.autotune.job import Job
@@ -301,7 +300,7 @@ def _precisions(
 def write(chosen: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(r) + "\n" for r in results)
     if chosen.json == "-":
-        sys.stdout.write(text)
+        streams.put(text)
     elif chosen.json:
         store.atomic_write(chosen.json, text)
 
