@@ -288,7 +288,7 @@ def _environment_defaults(verb: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code. A `RooftuneError` becomes one line on stderr."""
     signal.signal(signal.SIGTERM, _terminate)
-    if hasattr(signal, "SIGHUP"):
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup`: go on
         signal.signal(signal.SIGHUP, _terminate)
     with streams.guarded():
         return _main(arguments)

@@ -216,11 +216,17 @@ def check_targets(chosen: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def keeping(chosen: argparse.Namespace, records: list[Record]) -> Iterator[None]:
-    """Whatever ends the block, the records so far are written in the forms asked for."""
+    """Whatever ends the block, the records so far are written in the forms asked for.
+
+    A file of earlier results is not replaced by nothing where the command was refused, or stopped before its first.
+    """
     try:
         yield
-    finally:
-        write(chosen, records)
+    except BaseException:
+        if records:
+            write(chosen, records)
+        raise
+    write(chosen, records)
 
 
 def tuned_entrants(

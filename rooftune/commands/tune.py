@@ -60,7 +60,8 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
                 ]
                 _tune_all(plan, session, pairs, results, console)
         finally:
-            write(chosen, results)
+            if results:  # a file of earlier ones is not replaced by nothing
+                write(chosen, results)
         session.clear()
     if not results:
         raise UsageError("nothing to tune: no competitor with more than one config runs here on these problems")
