@@ -261,6 +261,13 @@ def test_a_command_that_is_refused_leaves_the_file_of_earlier_results(tmp_path: 
     assert path.read_text() == "earlier results\n"
 
 
+def test_a_folder_of_runs_that_cannot_be_made_is_told_with_what_sets_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = bench("run", "softmax[m=64,n=512,fp32]", ROOFTUNE_RESULTS_DIR=str(tmp_path / "file" / "runs"))
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    assert done.stderr.endswith(".jsonl: Not a directory; next: set ROOFTUNE_RESULTS_DIR\n")
+
+
 @pytest.mark.parametrize(("disposition", "expected"), [("SIG_DFL", ExitCode.INTERRUPTED), ("SIG_IGN", ExitCode.OK)])
 def test_a_closed_terminal_interrupts_unless_nohup_said_that_it_shall_not(disposition: str, expected: int) -> None:
     code = f"import os, signal, sys, bench; signal.signal(signal.SIGHUP, signal.{disposition})\n"
