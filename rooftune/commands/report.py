@@ -29,7 +29,8 @@ def report(chosen: argparse.Namespace) -> ExitCode:
     records: list[Record] = []
     for path in [store.resolve(text) for text in chosen.what or ["latest"]]:
         mine = store.load_run(path)
-        console.print(f"[bold]{path.stem}[/bold]  {_when(mine[0].unix_time)}  {_versions(mine[0])}", highlight=False)
+        console.print(path.stem, style="bold", markup=False, end="")
+        console.print(f"  {_when(mine[0].unix_time)}  {_versions(mine[0])}", markup=False)
         tables.race_table(mine, console)
         if proofs := [r for r in mine if r.evidence != Evidence.MEASURED]:
             tables.evidence_table(proofs, console)

@@ -131,7 +131,7 @@ def _duel(
         decided = _rounds(session, again, confirm, sides)
         session.clear()
         cells = duel.verdicts(screened, decided, rule)
-        common.console(chosen).print(f"records: {session.path}", style="dim", highlight=False)
+        common.console(chosen).print(f"records: {session.path}", style="dim", markup=False)
     return cells, len(keys)
 
 
