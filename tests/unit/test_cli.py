@@ -261,6 +261,14 @@ def test_a_command_that_is_refused_leaves_the_file_of_earlier_results(tmp_path: 
     assert path.read_text() == "earlier results\n"
 
 
+def test_the_package_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rooftune", "best"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    assert done.stderr.endswith("required: PROBLEM; next: rooftune best --help\n")
+
+
 def test_a_folder_of_runs_that_cannot_be_made_is_told_with_what_sets_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = bench("run", "softmax[m=64,n=512,fp32]", ROOFTUNE_RESULTS_DIR=str(tmp_path / "file" / "runs"))
