@@ -13,13 +13,12 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rooftune import registry
+from rooftune import pools, registry
 from rooftune.core import Config, Evidence, Problem, Resources, Status, UsageError, cache_folder
 from rooftune.evidence import COMPILE_S
 from rooftune.lab import Lab
@@ -108,7 +107,7 @@ def compile_rows(lab: Lab, jobs: Sequence[Job], event: Event = lambda kind, text
     groups: dict[str, list[int]] = {}
     for number, job in enumerate(jobs):
         groups.setdefault(job.impl.language or job.impl.module, []).append(number)
-    with ThreadPoolExecutor(2) as pool:
+    with pools.asking(lab, 2) as pool:
         list(pool.map(work, groups.values()))
     for impl in {job.impl.module: job.impl for job in jobs}.values():
         lab.retire(impl, "compile")
