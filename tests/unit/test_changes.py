@@ -208,6 +208,19 @@ def test_a_run_in_a_file_named_after_its_problem_is_shown_under_that_name(
     assert capsys.readouterr().out.startswith("softmax[m=64,n=512]  ")
 
 
+def test_colours_that_a_runner_forces_cut_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many CI runners set FORCE_COLOR; rich then takes their log for a terminal of 80 columns."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["report", str(stored(tmp_path, 1, 2e-3))]) == ExitCode.OK
+    told = capsys.readouterr().out
+    assert "\x1b[1m" in told
+    assert "…" not in told
+    assert "vs torch (95 %)" in told
+
+
 def test_a_step_summary_that_cannot_be_written_is_one_line_and_costs_no_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
