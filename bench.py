@@ -18,6 +18,7 @@ from typing import NoReturn
 if not __package__:  # run as a file: the checkout is the import path, and `bench` is not our name
     sys.path[0] = str(Path(__file__).resolve().parent)
 
+from rooftune import streams
 from rooftune.core import ExitCode, RooftuneError, Unavailable, UsageError, unknown
 
 EXAMPLES = """examples:
@@ -287,15 +288,24 @@ def _environment_defaults(verb: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code. A `RooftuneError` becomes one line on stderr."""
     signal.signal(signal.SIGTERM, _terminate)
-    if hasattr(signal, "SIGHUP"):
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup`: go on
         signal.signal(signal.SIGHUP, _terminate)
+    with streams.guarded():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     verbose = False
     try:
+        if sys.stdout is None:
+            raise UsageError("standard output is closed; next: the same with >/dev/null")
         chosen = _parsed(arguments)
         verbose = chosen.verbose
         from rooftune import commands
 
-        return int(commands.VERBS[chosen.verb or "list"](chosen))
+        code = int(commands.VERBS[chosen.verb or "list"](chosen))
+        sys.stdout.flush()  # a disk may be full at the last byte too
+        return code
     except RooftuneError as error:
         if verbose:
             raise
@@ -310,9 +320,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"rooftune: {package} is not installed; next: pip install {package}", file=sys.stderr)
         return ExitCode.NOTHING_RAN
-    except BrokenPipeError:  # `| head` closed our stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.OK
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -29,8 +29,9 @@ def make_console(file: Any = None, width: int | None = None, stderr: bool = Fals
     from rich.console import Console
 
     console = Console(file=file, width=width, stderr=stderr, highlight=False, emoji=False)
-    if width is None and not console.is_terminal:
-        console = Console(file=file, width=UNCUT, stderr=stderr, highlight=False, emoji=False, no_color=True)
+    if width is None and not console.file.isatty():  # FORCE_COLOR gives a log colours, not the width of a terminal
+        plain = None if console.is_terminal else True
+        console = Console(file=file, width=UNCUT, stderr=stderr, highlight=False, emoji=False, no_color=plain)
     return console
 
 

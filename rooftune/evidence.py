@@ -8,11 +8,10 @@ and reads registers, spills, shared memory and tensor-core instructions from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rooftune import registry
+from rooftune import pools, registry
 from rooftune.core import Config, Evidence, Problem, Status, UsageError
 from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
@@ -226,7 +225,7 @@ def gather(
         for what in ("compile", "emulate")  # compiling for all architectures takes longest, so it starts first
         for name in languages
     ]
-    with ThreadPoolExecutor(2) as pool:
+    with pools.asking(lab, 2) as pool:
         records = [record for group in pool.map(work, groups) for record in group]
     for impl in impls:
         for mode in ("emulate", "compile"):

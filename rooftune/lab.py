@@ -215,6 +215,7 @@ class Lab:
         self.device, self.threads = device, threads
         self.kind = kind or device.partition(":")[0]
         self._workers: dict[tuple[str, str], Worker] = {}
+        self._starting: set[Worker] = set()
         self._retired: set[tuple[str, str]] = set()  # whose next worker is executed
         self._spaces: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.patience_s = math.inf
@@ -238,12 +239,22 @@ class Lab:
             with ThreadPoolExecutor(len(workers)) as pool:
                 list(pool.map(Worker.close, workers))
 
+    def halt(self) -> None:
+        """Nobody waits for an answer any more: who does hears at once that the worker is gone, and asks no other."""
+        self.until = -math.inf
+        for worker in [*self._workers.values(), *self._starting]:
+            if worker.alive:
+                worker.process.signal_group(signal.SIGKILL)
+
     def worker(self, impl: Impl | None, mode: str = "native") -> Worker:
         """The live worker of a competitor, started if need be.
 
         Raises:
             Unavailable: workers do not start at all here (three times in a row).
+            OutOfTime: the plan ended.
         """
+        if time.monotonic() >= self.until:
+            raise OutOfTime("the plan's time is over")
         key = _key(impl, mode)
         found = self._workers.get(key)
         if found is not None and found.alive:
@@ -251,6 +262,7 @@ class Lab:
         device = self.device if mode == "native" else "cpu"
         while True:
             started = Worker(impl, mode, device, self.threads if mode == "native" else 1, key in self._retired)
+            self._starting.add(started)
             try:
                 self._request(started, "hello", LOAD_S)
             except OutOfTime:
@@ -261,6 +273,8 @@ class Lab:
                 if self._start_failures >= START_FAILURES:
                     raise Unavailable(f"worker processes do not start: {death}") from death
                 continue
+            finally:
+                self._starting.discard(started)
             self._start_failures = 0
             self._workers[key] = started
             return started

@@ -50,7 +50,19 @@ def path_of(device: str) -> Path:
     """The lock file of a device, by torch's name for it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if device != "cpu" else ""
     name = "".join(c if c.isalnum() else "-" for c in f"{device}{'-' + visible if visible else ''}")
-    return Path(tempfile.gettempdir()) / f"rooftune-{name}.lock"
+    return temporary() / f"rooftune-{name}.lock"
+
+
+def temporary() -> Path:
+    """Where temporary files go, such as locks, workers' output and copies of revisions.
+
+    Raises:
+        UsageError: nowhere, as in a container with a read-only file system.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise UsageError(f"{error.strerror}; next: set TMPDIR to a folder that can be written to") from error
 
 
 def _opened(path: Path) -> IO[str]:

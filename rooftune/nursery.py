@@ -96,7 +96,11 @@ class Forked:
         if self._voice.fileno() < 0 or not select.select([self._voice], [], [], timeout)[0]:
             return False
         with contextlib.suppress(ConnectionError):
-            if said := self._voice.recv(1 << 12):
+            try:
+                said = self._voice.recv(1 << 12, socket.MSG_DONTWAIT)
+            except BlockingIOError:  # another thread heard it: at Ctrl-C the main one ends what others wait for
+                return True
+            if said:
                 *lines, self._heard = (self._heard + said).split(b"\n")
                 for line in lines:
                     word, _, number = line.decode().partition(" ")

@@ -10,12 +10,11 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rooftune import registry
+from rooftune import pools, registry
 from rooftune.core import Candidate, Config, Evidence, Op, Problem, Status, UsageError
 from rooftune.device_cpu import cores
 from rooftune.lab import Lab, Reply
@@ -99,7 +98,7 @@ def entrants(lab: Lab, problem: Problem, impls: Iterable[Impl], event: Event) ->
         calls = [starters[value] for value in space["axes"][axis] if value in starters]
         return [Entrant(impl, config, config == space["default"]) for config in calls]
 
-    with ThreadPoolExecutor(at_once(lab)) as pool:  # a worker imports its backend first: seconds each
+    with pools.asking(lab, at_once(lab)) as pool:  # a worker imports its backend first: seconds each
         return [entrant for group in pool.map(one, impls) for entrant in group]
 
 
@@ -150,7 +149,7 @@ def prepare(
     for entrant in field_:
         if entrant.status == Status.OK and entrant.handle is None:
             groups.setdefault(entrant.impl.path, []).append(entrant)
-    with ThreadPoolExecutor(at_once(lab)) as pool:
+    with pools.asking(lab, at_once(lab)) as pool:
         list(pool.map(work, groups.values()))
 
 

@@ -6,10 +6,12 @@ package whose `kernels` folder is the commit's. Everything lies in a temporary f
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import rooftune
@@ -56,25 +58,39 @@ def home(revision: str, target: Path) -> Path:
     Raises:
         UsageError: rooftune does not lie in a git checkout, or the revision has no kernels.
     """
-    _package(target)
-    _extract(revision, registry.kernel_folder().resolve(), target / "rooftune" / "kernels")
+    with _copying(target):
+        _package(target)
+        _extract(revision, registry.kernel_folder().resolve(), target / "rooftune" / "kernels")
     return target
 
 
 def copy(target: Path) -> Path:
     """A copy of this package with the kernels as they lie here."""
-    _package(target)
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(registry.kernel_folder(), target / "rooftune" / "kernels", ignore=ignored)
+    with _copying(target):
+        _package(target)
+        shutil.copytree(registry.kernel_folder(), target / "rooftune" / "kernels", ignore=ignored)
     return target
 
 
 def copy_file(path: Path, target: Path) -> Path:
     """A copy of a user's kernel file, with the CUDA C++ of its name beside it."""
-    target.mkdir(parents=True)
-    for each in path.parent.glob(f"{path.stem}.*"):
-        shutil.copy(each, target)
+    with _copying(target):
+        target.mkdir(parents=True)
+        for each in path.parent.glob(f"{path.stem}.*"):
+            shutil.copy(each, target)
     return target / path.name
+
+
+@contextlib.contextmanager
+def _copying(target: Path) -> Iterator[None]:
+    """A full disk is no verdict about a revision, so it must not look like one (exit code 1)."""
+    try:
+        yield
+    except OSError as error:
+        why = str(error.args[0][-1][2]) if isinstance(error, shutil.Error) else error.strerror or str(error)
+        why = why.partition(": ")[0]  # shutil's names both files
+        raise UsageError(f"cannot copy kernels to {target}: {why}; next: set TMPDIR to a folder with room") from error
 
 
 def _package(target: Path) -> None:
@@ -83,7 +99,8 @@ def _package(target: Path) -> None:
 
 def user_file(revision: str, path: Path, target: Path) -> Path:
     """A user's kernel file as it was in a revision of its own repository, with the folder that it lies in."""
-    _extract(revision, path.parent, target)
+    with _copying(target):
+        _extract(revision, path.parent, target)
     if not (target / path.name).is_file():
         raise UsageError(f"{path.name} is not in revision {revision} of {_top(path)}")
     return target / path.name

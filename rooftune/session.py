@@ -66,7 +66,12 @@ class Session:
         self._last_line = ""
         header = {"kind": "session", "schema": SCHEMA, "run": self.run, "argv": sys.argv[1:], "unix_time": time.time()}
         header["commit"] = revisions.head(registry.kernel_folder())
-        self.log.append(header | {"device": self.fingerprint, "versions": self.versions, "threads": self.threads})
+        header |= {"device": self.fingerprint, "versions": self.versions, "threads": self.threads}
+        try:
+            self.log.append(header)
+        except UsageError as error:
+            hint = "; next: set ROOFTUNE_RESULTS_DIR" if store.results_dir() in self.path.parents else ""
+            raise UsageError(f"{error}{hint}") from error
 
     def __enter__(self) -> Session:
         return self

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rooftune import registry
+from rooftune import pools, registry
 from rooftune.core import Config, Evidence, Problem, Resources, Status, UsageError, cache_folder
 from rooftune.evidence import COMPILE_S
 from rooftune.lab import Lab
@@ -106,7 +107,7 @@ def compile_rows(lab: Lab, jobs: Sequence[Job], event: Event = lambda kind, text
     groups: dict[str, list[int]] = {}
     for number, job in enumerate(jobs):
         groups.setdefault(job.impl.language or job.impl.module, []).append(number)
-    with ThreadPoolExecutor(2) as pool:
+    with pools.asking(lab, 2) as pool:
         list(pool.map(work, groups.values()))
     for impl in {job.impl.module: job.impl for job in jobs}.values():
         lab.retire(impl, "compile")
@@ -179,16 +180,24 @@ def row(job: Job, found: Row) -> Row:
 
 
 class Cache:
-    """What is known of one competitor under its present source and toolchain. Several processes may add to it."""
+    """What is known of one competitor under its present source and toolchain. Several processes may add to it.
+
+    Where nothing can be kept (a read-only or full disk, no home) all is compiled again the next time, and that is said:
+    minutes of a compiler are not lost for it.
+    """
 
     def __init__(self, impl: Impl) -> None:
         # A user's file may build on our common blocks, which its own hash does not cover.
         ours = next((i.source_hash for i in registry.impls(impl.op)), "")
         digest = _digest(impl.module, impl.source_hash, ours, json.dumps(packages(impl)))
         self._prefix = f"{impl.op}-{impl.name}-"
-        self._log = Log(cache_folder("static") / f"{self._prefix}{digest}.jsonl", sync_s=60.0)
-        self._known = {}
-        if self._log.path.exists():
+        self._known: dict[str, Row] = {}
+        self._log: Log | None = None
+        try:
+            self._log = Log(cache_folder("static") / f"{self._prefix}{digest}.jsonl", sync_s=60.0)
+        except RuntimeError:  # a user without a home folder, as in a container with --user
+            return
+        if os.path.exists(self._log.path):  # Path.exists raises where a folder may not be entered
             self._known = {line["key"]: line["found"] for line in self._log.read()[0] if "key" in line}
 
     def get(self, key: str) -> Row | None:
@@ -201,12 +210,24 @@ class Cache:
 
     def put(self, key: str, found: Row) -> None:
         """Keep an outcome; the first of a new source pushes out files of old ones."""
-        fresh = not self._log.path.exists()
-        self._log.append({"key": key, "found": found})
         self._known[key] = found
+        if self._log is None:
+            _not_kept("the user's cache folder", "no home directory")
+            return
+        fresh = not os.path.exists(self._log.path)
+        try:
+            self._log.append({"key": key, "found": found})
+        except UsageError as error:
+            _not_kept(str(self._log.path.parent), str(error).rpartition(": ")[2])
+            return
         if fresh:
             for old in _newest_first(self._log.path.parent.glob(f"{self._prefix}*.jsonl"))[KEPT_FILES:]:
                 old.unlink(missing_ok=True)
+
+
+@cache
+def _not_kept(folder: str, why: str) -> None:
+    print(f"rooftune: what is compiled is not kept in {folder}: {why}; next: set ROOFTUNE_CACHE_DIR", file=sys.stderr)
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

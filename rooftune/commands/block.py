@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import sys
 from typing import Any
 
-from rooftune import race, registry
+from rooftune import race, registry, streams
 from rooftune.autotune import dispatch
 from rooftune.commands import common
 from rooftune.commands.run import measure
@@ -45,7 +44,7 @@ def block(chosen: argparse.Namespace) -> ExitCode:
         windows = 3 if chosen.energy else 0
         result = compose_and_time(session, shape, chosen.rounds, seed, common.console(chosen), energy_windows=windows)
         if chosen.json == "-":
-            sys.stdout.write(json.dumps(result.to_json()) + "\n")
+            streams.put(json.dumps(result.to_json()) + "\n")
         elif chosen.json:
             store.atomic_write(chosen.json, json.dumps(result.to_json()) + "\n")
     statuses = {c.status for c in result.compositions}

@@ -7,12 +7,11 @@ import contextlib
 import math
 import os
 import secrets
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rooftune import device, race, registry
+from rooftune import device, race, registry, streams
 from rooftune.core import PRECISIONS, Problem, UsageError, unknown
 from rooftune.registry import Impl
 from rooftune.results.record import Record
@@ -192,7 +191,7 @@ def write(chosen: argparse.Namespace, records: Sequence[Record]) -> None:
     for form, make in makers.items():
         target = getattr(chosen, form, None)
         if target == "-":
-            sys.stdout.write(make(records))
+            streams.put(make(records))
         elif target:
             store.atomic_write(target, make(records))
 
@@ -217,11 +216,17 @@ def check_targets(chosen: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def keeping(chosen: argparse.Namespace, records: list[Record]) -> Iterator[None]:
-    """Whatever ends the block, the records so far are written in the forms asked for."""
+    """Whatever ends the block, the records so far are written in the forms asked for.
+
+    A file of earlier results is not replaced by nothing where the command was refused, or stopped before its first.
+    """
     try:
         yield
-    finally:
-        write(chosen, records)
+    except BaseException:
+        if records:
+            write(chosen, records)
+        raise
+    write(chosen, records)
 
 
 def tuned_entrants(

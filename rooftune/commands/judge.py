@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rooftune import evidence, race, registry
+from rooftune import evidence, race, registry, streams
 from rooftune.commands import common
 from rooftune.commands.run import measure
 from rooftune.core import Evidence, ExitCode, Problem, Status, UsageError
@@ -78,15 +78,23 @@ def undecided(chosen: argparse.Namespace) -> ExitCode:
 
 
 def publish(chosen: argparse.Namespace, cells: Sequence[Cell], lines: Sequence[str] | None = None) -> None:
-    """`--format github`, `--json`, `--junit`. Lines: what is said about the cells, if not what `compare` says."""
+    """`--format github`, `--json`, `--junit`. Lines: what is said about the cells, if not what `compare` says.
+
+    Raises:
+        UsageError: a file cannot be written; the step summary comes last.
+    """
     from rooftune.results import export
 
+    _write_cells(chosen, cells)
     if chosen.format == "github" or (chosen.format == "auto" and os.environ.get("GITHUB_ACTIONS") == "true"):
         print("\n".join(export.github_annotations(cells)), file=sys.stderr if common.to_stdout(chosen) else sys.stdout)
         if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-            with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(export.step_summary(cells, lines=lines))
-    _write_cells(chosen, cells)
+            try:
+                with Path(summary).open("a", encoding="utf-8", errors="replace") as file:
+                    file.write(export.step_summary(cells, lines=lines))
+            except OSError as error:
+                text = f"GITHUB_STEP_SUMMARY={summary} cannot be written: {error.strerror}; next: --format text"
+                raise UsageError(text) from error
 
 
 def _write_cells(chosen: argparse.Namespace, cells: Sequence[Cell]) -> None:
@@ -103,7 +111,7 @@ def _write_cells(chosen: argparse.Namespace, cells: Sequence[Cell]) -> None:
     for form, make in texts.items():
         target = getattr(chosen, form)
         if target == "-":
-            sys.stdout.write(make())
+            streams.put(make())
         elif target:
             store.atomic_write(target, make())
 

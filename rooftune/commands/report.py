@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from rooftune import evidence
+from rooftune import evidence, streams
 from rooftune.commands import common
 from rooftune.core import Evidence, ExitCode, UsageError
 from rooftune.results import history, store
@@ -30,7 +29,8 @@ def report(chosen: argparse.Namespace) -> ExitCode:
     records: list[Record] = []
     for path in [store.resolve(text) for text in chosen.what or ["latest"]]:
         mine = store.load_run(path)
-        console.print(f"[bold]{path.stem}[/bold]  {_when(mine[0].unix_time)}  {_versions(mine[0])}", highlight=False)
+        console.print(path.stem, style="bold", markup=False, end="")
+        console.print(f"  {_when(mine[0].unix_time)}  {_versions(mine[0])}", markup=False)
         tables.race_table(mine, console)
         if proofs := [r for r in mine if r.evidence != Evidence.MEASURED]:
             tables.evidence_table(proofs, console)
@@ -111,6 +111,6 @@ def _as_json(s: Series, change: Change) -> dict[str, Any]:
 def _write(target: str, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if target == "-":
-        sys.stdout.write(text)
+        streams.put(text)
     else:
         store.atomic_write(target, text)

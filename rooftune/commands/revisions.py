@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rooftune import race, registry, revisions
+from rooftune import locks, race, registry, revisions
 from rooftune.commands import common, judge
 from rooftune.core import ExitCode, Problem, Status, UsageError
 from rooftune.registry import Impl
@@ -37,7 +37,7 @@ def compare(chosen: argparse.Namespace) -> ExitCode:
     """Race each changed competitor of the candidate against the base's. Exit 1: broken or confirmed slower."""
     rule, timing = _rule(chosen), common.options(chosen)
     common.check_targets(chosen)
-    with tempfile.TemporaryDirectory(prefix="rooftune-revisions-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rooftune-revisions-", dir=locks.temporary()) as folder:
         sides = [
             _side(chosen, revision, Path(folder) / name)
             for name, revision in (("base", chosen.base), ("candidate", chosen.cand))
@@ -60,7 +60,7 @@ def selfcheck(chosen: argparse.Namespace) -> ExitCode:
     """
     rule, timing = _rule(chosen), common.options(chosen)
     common.check_targets(chosen)
-    with tempfile.TemporaryDirectory(prefix="rooftune-revisions-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rooftune-revisions-", dir=locks.temporary()) as folder:
         twin = revisions.copy(Path(folder) / "twin")
         files = [registry.user_impl(Path(path)).path for path in chosen.load]
         again = [revisions.copy_file(path, twin / str(i)) for i, path in enumerate(files)]
@@ -131,7 +131,7 @@ def _duel(
         decided = _rounds(session, again, confirm, sides)
         session.clear()
         cells = duel.verdicts(screened, decided, rule)
-        common.console(chosen).print(f"records: {session.path}", style="dim", highlight=False)
+        common.console(chosen).print(f"records: {session.path}", style="dim", markup=False)
     return cells, len(keys)
 
 

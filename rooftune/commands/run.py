@@ -57,7 +57,7 @@ def run(chosen: argparse.Namespace) -> ExitCode:
         if not records:
             console.print("nothing to prove: these competitors run on this device; without --evidence only they race")
             return ExitCode.NOTHING_RAN
-        console.print(f"records: {session.path}", style="dim", highlight=False)
+        console.print(f"records: {session.path}", style="dim", markup=False)
     return verdict(records, [impl.key for impl in loaded])
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rooftune import evidence, registry, static
+from rooftune import evidence, registry, static, streams
 from rooftune.commands import common
 from rooftune.core import PRECISIONS, ExitCode, Problem, Status, UsageError, unknown
 from rooftune.lab import Lab
@@ -161,6 +161,6 @@ def _write(chosen: argparse.Namespace, rows: list[results.Row], changes: Sequenc
     for form, make in makers.items():
         target = getattr(chosen, form)
         if target == "-":
-            sys.stdout.write(make())
+            streams.put(make())
         elif target:
             store.atomic_write(target, make())

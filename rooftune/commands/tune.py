@@ -6,12 +6,11 @@ import argparse
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rooftune import race, registry
+from rooftune import race, registry, streams
 from rooftune.autotune import dispatch, final, formats, nearest, precisions, ranking, search, tuner
 from rooftune.autotune.formats import Tuning
 from rooftune.autotune.job import Job
@@ -61,7 +60,8 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
                 ]
                 _tune_all(plan, session, pairs, results, console)
         finally:
-            write(chosen, results)
+            if results:  # a file of earlier ones is not replaced by nothing
+                write(chosen, results)
         session.clear()
     if not results:
         raise UsageError("nothing to tune: no competitor with more than one config runs here on these problems")
@@ -301,7 +301,7 @@ def _precisions(
 def write(chosen: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(r) + "\n" for r in results)
     if chosen.json == "-":
-        sys.stdout.write(text)
+        streams.put(text)
     elif chosen.json:
         store.atomic_write(chosen.json, text)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rooftune import lab as lab_module
-from rooftune import race, registry
+from rooftune import pools, race, registry
 from rooftune.core import ExitCode, Status, Unavailable
-from rooftune.lab import Lab, WorkerDied
+from rooftune.lab import Lab, OutOfTime, Reply, WorkerDied
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEM = registry.problem("softmax[m=16,n=64]")
@@ -200,6 +200,27 @@ def test_an_interrupted_run_says_so_and_keeps_its_file(tmp_path: Path, kernel, s
     assert process.returncode == ExitCode.INTERRUPTED
     assert "interrupted" in talk
     assert "softmax/mine" in out.read_text()
+
+
+def test_ctrl_c_does_not_wait_for_what_workers_are_at(tmp_path: Path, kernel) -> None:  # type: ignore[no-untyped-def]
+    """A build may take minutes, and there may be more of them in line. The 90 s are the worker's limit without that."""
+    body = f"open({str(tmp_path)!r} + '/' + __name__, 'w').close()\ntime.sleep(600)"
+    first, second, unborn = (kernel(body, name=name) for name in ("first", "second", "unborn"))
+    before = set(tmp_path.iterdir())
+    with Lab() as lab:
+        lab.patience_s = 90.0
+
+        def work() -> list[Reply]:
+            return [_prepare(lab, path) for path in (first, second)]
+
+        with pytest.raises(KeyboardInterrupt), pools.asking(lab, 1) as threads:  # noqa: PT012 - as a verb does it
+            found, waiting = threads.submit(work), threads.submit(_prepare, lab, unborn)
+            assert _wait_for(lambda: set(tmp_path.iterdir()) - before, 80.0)
+            raise KeyboardInterrupt
+        with pytest.raises(OutOfTime):  # of the second, which was never begun
+            found.result(timeout=0)
+        assert waiting.cancelled()
+        assert len(set(tmp_path.iterdir()) - before) == 1
 
 
 def _children(pid: int) -> list[int]:

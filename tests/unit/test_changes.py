@@ -199,6 +199,38 @@ def test_a_stored_run_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "softmax/numba" in (tmp_path / "out.csv").read_text()
 
 
+def test_a_run_in_a_file_named_after_its_problem_is_shown_under_that_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets are markup to rich, which had swallowed them."""
+    path = stored(tmp_path, 1, 2e-3).rename(tmp_path / "softmax[m=64,n=512].jsonl")
+    assert main(["report", str(path)]) == ExitCode.OK
+    assert capsys.readouterr().out.startswith("softmax[m=64,n=512]  ")
+
+
+def test_colours_that_a_runner_forces_cut_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many CI runners set FORCE_COLOR; rich then takes their log for a terminal of 80 columns."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["report", str(stored(tmp_path, 1, 2e-3))]) == ExitCode.OK
+    told = capsys.readouterr().out
+    assert "\x1b[1m" in told
+    assert "…" not in told
+    assert "vs torch (95 %)" in told
+
+
+def test_a_step_summary_that_cannot_be_written_is_one_line_and_costs_no_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, found = str(stored(tmp_path, 1, 2e-3)), tmp_path / "found.jsonl"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "nowhere" / "summary.md"))
+    assert main(["compare", path, path, "--format", "github", "--json", str(found)]) == ExitCode.USAGE
+    assert f"GITHUB_STEP_SUMMARY={tmp_path}/nowhere/summary.md cannot be written" in capsys.readouterr().err
+    assert found.read_text()
+
+
 def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "--history"]) == ExitCode.USAGE
     assert "no measured run in 0 files" in capsys.readouterr().err

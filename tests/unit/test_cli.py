@@ -249,6 +249,42 @@ def test_two_runs_compare_and_the_gate_answers(tmp_path: Path) -> None:
     assert "softmax[m=64,n=256,fp32]" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("run", "softmax[m=4000000,n=400000,fp32]"), ("tune", "softmax[m=64,n=512,fp32]", "--only", "torch")],
+)
+def test_a_command_that_is_refused_leaves_the_file_of_earlier_results(tmp_path: Path, arguments: tuple[str]) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("earlier results\n")
+    done = bench(*arguments, "--json", str(path))
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    assert path.read_text() == "earlier results\n"
+
+
+def test_the_package_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rooftune", "best"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    assert done.stderr.endswith("required: PROBLEM; next: rooftune best --help\n")
+
+
+def test_a_folder_of_runs_that_cannot_be_made_is_told_with_what_sets_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = bench("run", "softmax[m=64,n=512,fp32]", ROOFTUNE_RESULTS_DIR=str(tmp_path / "file" / "runs"))
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    assert done.stderr.endswith(".jsonl: Not a directory; next: set ROOFTUNE_RESULTS_DIR\n")
+
+
+@pytest.mark.parametrize(("disposition", "expected"), [("SIG_DFL", ExitCode.INTERRUPTED), ("SIG_IGN", ExitCode.OK)])
+def test_a_closed_terminal_interrupts_unless_nohup_said_that_it_shall_not(disposition: str, expected: int) -> None:
+    code = f"import os, signal, sys, bench; signal.signal(signal.SIGHUP, signal.{disposition})\n"
+    code += "from rooftune import commands\n"
+    code += "commands.VERBS['list'] = lambda chosen: (os.kill(os.getpid(), signal.SIGHUP), 0)[1]\n"
+    done = subprocess.run([sys.executable, "-c", code + "sys.exit(bench.main(['list']))"], cwd=ROOT)
+    assert done.returncode == expected
+
+
 def test_help_takes_little_more_cpu_time_than_python_itself() -> None:
     """Twice as much, where nothing but the standard library is imported; with numpy it would be seven times."""
     ours = min(_cpu_s("bench.py", "--help") for _ in range(3))

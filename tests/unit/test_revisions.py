@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,27 @@ def test_a_kernel_against_itself_in_processes_of_their_own(repository: Path) -> 
     assert "false alarms: " in done.stdout, done.stdout + done.stderr
     assert done.returncode == (ExitCode.OK if "false alarms: 0 in 1 cells" in done.stdout else ExitCode.INCONCLUSIVE)
     assert "the working tree" in next((repository.parent / "runs" / "revisions").iterdir()).read_text()
+
+
+def test_a_disk_without_room_for_copies_is_one_line_and_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for make in (revisions.copy, lambda target: revisions.copy_file(Path(__file__), target)):
+        with pytest.raises(UsageError, match=r"cannot copy kernels to .*: Not a directory; next: set TMPDIR"):
+            make(tmp_path / "file" / "below")
+
+    def full(source: Path, target: str) -> None:
+        raise OSError(28, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, full, False, False))
+    with pytest.raises(UsageError, match=r"cannot copy kernels to [^:]*: \[Errno 28\] No space left on device; next"):
+        revisions.copy(tmp_path / "copy")
+
+
+def test_nowhere_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a read-only file system."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(UsageError, match=r"No usable temporary directory found in .*/nowhere.*; next: set TMPDIR"):
+        Lab()

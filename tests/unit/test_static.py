@@ -280,6 +280,30 @@ def test_the_committed_baseline_is_read_and_a_doctored_copy_of_it_fails(tmp_path
         assert [c.row["impl"] for c in found if c.verdict == Verdict.WORSE] == [rows[good]["impl"]]
 
 
+def test_what_cannot_be_kept_is_compiled_and_shown_all_the_same(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A read-only cache folder (here: one below a file, which root may not write either), and a user without a home."""
+    (tmp_path / "no-folder").touch()
+    for folder in (tmp_path / "no-folder", None):
+        if folder is None:
+            monkeypatch.delenv("ROOFTUNE_CACHE_DIR")
+            monkeypatch.setattr("rooftune.static.cache_folder", no_home)
+        else:
+            monkeypatch.setenv("ROOFTUNE_CACHE_DIR", str(folder))
+        before = compiled(file)
+        code = main(["static", "--load", str(file), "--arch", "sm_90a,sm_100a", "--json"])
+        said = capsys.readouterr()
+        assert (code, compiled(file) - before) == (ExitCode.OK, 2)
+        assert [json.loads(line)["status"] for line in said.out.splitlines()] == ["ok", "ok"]
+        assert said.err.count("is not kept in") == 1
+    assert main(["list"]) == ExitCode.OK
+
+
+def no_home(kind: str) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_a_real_kernel_against_its_own_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
