@@ -26,6 +26,7 @@ from rooftune.device import VENDORS
 
 KERNELS = "rooftune.kernels"
 ENTRY_POINTS = "rooftune.kernels"  # group: a package with the same folder layout
+MODES = ("native", "emulate", "compile")  # of a worker
 LITERALS = ("DEVICES", "PRECISIONS", "REQUIRES", "ENV", "OP", "BASELINE", "PER_SHAPE")
 
 
@@ -209,17 +210,32 @@ def environment(mode: str) -> dict[str, str]:
     return found
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(name, str) for name in value)
+
+
+def _is_environment(value: Any) -> bool:
+    """A mode of a worker -> variables."""
+    return isinstance(value, dict) and all(
+        mode in MODES and isinstance(some, dict) and _are_names([*some, *some.values()]) for mode, some in value.items()
+    )
+
+
 def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
     values, summary, names = _read(path)
     for needed in ("DEVICES", "PRECISIONS"):
         if needed not in values:
             raise UsageError(f"{path} has no {needed}; a kernel file declares DEVICES, PRECISIONS, SPACE and build()")
     for needed, what, known in (("DEVICES", "device", tuple(VENDORS)), ("PRECISIONS", "precision", tuple(PRECISIONS))):
-        if not isinstance(values[needed], tuple | list):
+        if not isinstance(values[needed], tuple | list) or not values[needed]:
             raise UsageError(f'{path}: {needed} must be a tuple of names, such as ("{known[0]}",)')
         for name in values[needed]:
             if name not in known:
                 raise unknown(f"{what} of {needed}", str(name), known, str(path))
+    if not _are_names(values.get("REQUIRES", ())):  # a word would be taken for packages of a letter each
+        raise UsageError(f'{path}: REQUIRES must be a tuple of names, such as ("torch",)')
+    if not _is_environment(values.get("ENV", {})):  # what has another form would be set nowhere
+        raise UsageError(f'{path}: ENV must have the form {{"native": {{"NAME": "value"}}}}; known: {", ".join(MODES)}')
     spoken, language = _language(root, path.stem) if root else ("", {})
     default = () if root is None else (path.stem.split("_")[0],)
     return Impl(
