@@ -119,7 +119,7 @@ def choose(problem: Problem | str, device: str = "cpu", threads: int | None = No
     run_it = f'python bench.py run "{asked}" --device {found}'
     torch = min((r for r in usable if _is_baseline(r)), key=lambda r: r.time_s or 0.0, default=None)
     if torch is None:
-        safe = next(i for i in registry.impls(asked.op) if i.baseline)
+        safe = registry.baseline(asked.op)
         known = passed_over[0].reason if passed_over else "nothing was measured for this problem on this device"
         use = Candidate(safe.key, None, "default", why=f"{known}; torch is the safe choice")
         return Choice(str(asked), str(found), use, passed_over, run_it)
