@@ -25,7 +25,9 @@ def _package(chosen: argparse.Namespace) -> ExitCode:
     from rooftune.autotune import export as exporting
 
     found = devices.find(common.device_name(chosen))
-    threads = chosen.threads or (found.cores if found.kind == "cpu" else 1)
+    threads = chosen.threads
+    if threads is None:
+        threads = found.cores if found.kind == "cpu" else 1
     named = [registry.problem(text) for text in chosen.what if "[" in text]
     ops = [registry.op(text).name for text in chosen.what if "[" not in text]
     problems = named
