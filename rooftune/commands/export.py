@@ -54,6 +54,9 @@ def _recorded(chosen: argparse.Namespace) -> ExitCode:
     tunings = [found for text in chosen.what for found in formats.load(Path(text))]
     written = formats.write(chosen.format, tunings, Path(chosen.out))
     console = common.console(chosen)
+    for tuning in tunings:
+        if why := formats.unfit(chosen.format, tuning):
+            console.print(f"left out {tuning.source}: {tuning.kernel}: {why}", style="dim", markup=False)
     for path in written:
         console.print(str(path), markup=False)
     return ExitCode.OK
