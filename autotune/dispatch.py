@@ -111,16 +111,23 @@ def choose(problem: Problem | str, device: str = "cpu", threads: int | None = No
 
     Args:
         threads: CPU threads the records must have been made with; those of the newest record if not given.
+    Raises:
+        UsageError: no such problem or device, no threads, or an operator without torch's call.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be positive, not {threads}")
     asked = registry.problem(problem)
     found = devices.find(device)
     identity = found.identity()
     usable, passed_over = _records(asked, identity, threads)
-    run_it = f'python bench.py run "{asked}" --device {found}'
+    how = f"--device {found}" + (f" --threads {threads}" if threads else "")  # what is measured must count here
+    run_it = f'python bench.py run "{asked}" {how}'
     torch = min((r for r in usable if _is_baseline(r)), key=lambda r: r.time_s or 0.0, default=None)
     if torch is None:
-        safe = next(i for i in registry.impls(asked.op) if i.baseline)
-        known = passed_over[0].reason if passed_over else "nothing was measured for this problem on this device"
+        safe = registry.baseline(asked.op)
+        who = "torch was not" if usable or passed_over else "nothing was"
+        known = f"{who} measured for this problem on this device"
+        known = next((c.reason for c in passed_over if c.impl == safe.key), known)  # not another's reason
         use = Candidate(safe.key, None, "default", why=f"{known}; torch is the safe choice")
         return Choice(str(asked), str(found), use, passed_over, run_it)
     base = Candidate(torch.impl, torch.config, "measured", torch.time_s, run=torch.run)
@@ -137,7 +144,7 @@ def choose(problem: Problem | str, device: str = "cpu", threads: int | None = No
         use = replace(base, why=seen)
     lost = [c for c in (base, *field_, *tuned) if (c.impl, c.config) != (use.impl, use.config)]
     others = [replace(c, reason=_beaten(c, use)) for c in lost]
-    todo = run_it if not rivals else f'python bench.py tune "{asked}" --device {found}' if not tuned else ""
+    todo = run_it if not rivals else f'python bench.py tune "{asked}" {how}' if not tuned else ""
     return Choice(str(asked), str(found), use, [*others, *stale, *passed_over], todo)
 
 

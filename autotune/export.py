@@ -52,6 +52,11 @@ def winners(
     chosen: list[Choice] = []
     left: dict[str, str] = {}
     for problem in problems:
+        try:
+            registry.baseline(problem.op)
+        except UsageError as error:  # one operator without torch's call does not end the export of the others
+            left[str(problem)] = str(error)
+            continue
         choice = dispatch.choose(problem, str(device), threads)
         if choice.use.source == "default":
             left[str(problem)] = choice.use.why
@@ -60,7 +65,7 @@ def winners(
         if why := _refused(use):
             left[f"{problem} {use.impl}"] = why
             others = [c for c in choice.considered if c.ratio_ci and c.ratio_ci[0] > 1.0 and not _refused(c)]
-            safe = next(i for i in registry.impls(problem.op) if i.baseline)
+            safe = registry.baseline(problem.op)
             torch = Candidate(safe.key, None, "default", why=f"torch: {use.impl} {why}")
             use = max(others, key=lambda c: c.ratio or 0.0, default=torch)
         chosen.append(replace(choice, use=use))
@@ -125,7 +130,7 @@ def _table(package: Package, choices: Sequence[Choice], device: devices.Device, 
         problem = registry.problem(choice.problem)
         op, impl = registry.op(problem.op), registry.impl(choice.use.impl)
         if problem.op not in operators:
-            safe = next(i for i in registry.impls(problem.op) if i.baseline)
+            safe = registry.baseline(problem.op)
             package.add(safe.module, "SPACE")
             fallback = _module(package, safe.module, safe.key, True, op.bound == "compute")
             operators[problem.op] = {"dims": list(op.dims), "summary": op.summary, "torch": fallback, "forms": []}

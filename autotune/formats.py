@@ -283,13 +283,26 @@ def write(form: str, tunings: Sequence[Tuning], out: Path) -> list[Path]:
     if form not in WRITERS:
         raise unknown("format", form, list(WRITERS))
     written = []
-    for name, data in WRITERS[form](tunings):
+    for name, data in WRITERS[form]([t for t in tunings if not unfit(form, t)]):
         path = out / name
         store.atomic_write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
         written.append(path)
     if not written:
-        raise UsageError(f"nothing to write as {form}: no tuning with a config that ran")
+        raise UsageError(f"nothing to write as {form}: {unfit(form, tunings[0]) if tunings else 'no tuning'}")
     return written
+
+
+def unfit(form: str, tuning: Tuning) -> str:
+    """Why a format cannot hold a tuning, or nothing."""
+    if form != "vllm":
+        return ""
+    try:
+        sizes = Problem.parse(tuning.problem).dims
+    except UsageError:  # of another tool
+        sizes = ()
+    if not sizes:
+        return f"a table is named by sizes, which '{tuning.problem}' does not name as softmax[m=64,n=512]"
+    return "" if tuning.chosen or tuning.best else "no config of it ran"
 
 
 def _name(tuning: Tuning, suffix: str) -> str:
@@ -349,20 +362,14 @@ def _as_vllm(tunings: Sequence[Tuning]) -> Iterable[tuple[str, Any]]:
     tables: dict[str, dict[str, Any]] = {}
     for tuning in tunings:
         best = tuning.best
-        config = tuning.chosen or (best.config if best else None)
-        try:
-            problem = Problem.parse(tuning.problem)
-        except UsageError:
-            continue  # another tool's problem has no sizes that we could read
-        if config is None:
-            continue
+        config = tuning.chosen or (best.config if best else {})
+        problem = Problem.parse(tuning.problem)
         (_, first), *rest = problem.dims
         parts = [f"{name.upper()}={size}" for name, size in rest]
         parts += [f"{name}={value}" for name, value in problem.flags]
-        device = re.sub("[ /]", "_", tuning.device)
-        parts += [f"device_name={device}", f"dtype={problem.precision}"]
-        folder = tuning.kernel.replace("/", "-") or problem.op
-        name = f"{folder}/{','.join(parts)}.json"
+        parts += [f"device_name={tuning.device}", f"dtype={problem.precision}"]
+        folder = tuning.kernel.replace("/", "-").strip(".") or problem.op  # a file says it: `..` is no place for ours
+        name = f"{folder}/{re.sub('[ /]', '_', ','.join(parts))}.json"
         versions = tuning.about.get("toolchain") or {}
         table = tables.setdefault(name, {"triton_version": versions["triton"]} if "triton" in versions else {})
         table[str(first)] = {SPELLINGS.get(axis, axis): value for axis, value in config.items()}

@@ -29,7 +29,7 @@ def build(problem: Problem, key: str, config: Config | None, why: str) -> Kernel
         if impl.baseline and config is None:
             raise
         warnings.warn(f"rooftune: {key} was chosen for {problem} but cannot be built: {error}", stacklevel=3)
-        safe = next(i for i in registry.impls(problem.op) if i.baseline)
+        safe = registry.baseline(problem.op)
         return _build(problem, safe, None, f"torch, because {key} cannot be built here: {error}")
 
 

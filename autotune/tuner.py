@@ -223,6 +223,10 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
     hoped = trials[canonical(winner.config)].ratio if winner else None
     claimed = 1 / hoped if hoped else None
     known = trials.get(canonical(default))
+    reason = end.reason
+    if not best and (first := next((t for t in trials.values() if t.status != Status.OK), None)):
+        who = "no config ran" if known is first else reason  # the default is tried first; of many one says enough
+        reason = f"{who}; {canonical(first.config)}: {first.status} {first.reason}"
     return TuneResult(
         impl=job.impl.key,
         problem=str(job.problem),
@@ -230,7 +234,7 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
         config=winner.config if winner and end.better else default,
         winner=winner.config if winner else None,
         better=end.better,
-        reason=end.reason,
+        reason=reason,
         time_s=_median(winner),
         default_time_s=_median(end.default) or (known.time_s if known else None),
         speedup=end.speedup,

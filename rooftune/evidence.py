@@ -17,6 +17,7 @@ from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
 from rooftune.results import store
 from rooftune.results.record import Record
+from rooftune.spaces import NoConfig
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 COMPILE_S = 180.0
@@ -139,6 +140,8 @@ def emulate(lab: Lab, impl: Impl, problem: Problem, seed: int, thorough: bool = 
         return record_of(impl, problem, {}, Evidence.EMULATED, Reply(Status.SKIPPED, "has no emulate()"))
     try:
         config = lab.space(impl, problem, "emulate")["default"]
+    except NoConfig as error:
+        return record_of(impl, problem, {}, Evidence.EMULATED, Reply(Status.SKIPPED, str(error)))
     except UsageError as error:
         return record_of(impl, problem, {}, Evidence.EMULATED, Reply(Status.FAILED_COMPILE, str(error)))
     reply = lab.ask(
@@ -155,6 +158,8 @@ def compile_all(lab: Lab, impl: Impl, problem: Problem, archs: Sequence[str] = A
         return record_of(impl, problem, {}, Evidence.COMPILED, Reply(Status.SKIPPED, "has no compile_for()"))
     try:
         config = lab.space(impl, problem, "compile")["default"]
+    except NoConfig as error:
+        return record_of(impl, problem, {}, Evidence.COMPILED, Reply(Status.SKIPPED, str(error)))
     except UsageError as error:
         return record_of(impl, problem, {}, Evidence.COMPILED, Reply(Status.FAILED_COMPILE, str(error)))
     rows = []

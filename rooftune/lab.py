@@ -26,6 +26,7 @@ import rooftune
 from rooftune import locks, nursery, registry
 from rooftune.core import Config, Problem, Status, Unavailable, UsageError
 from rooftune.registry import Impl
+from rooftune.spaces import NoConfig
 
 START_FAILURES = 3  # a worker that cannot start three times in a row stops the run
 LOAD_S = 180.0  # start, or import a competitor and list its configs; 60 s were too few beside six busy processes
@@ -312,11 +313,14 @@ class Lab:
         """`axes`, valid `configs`, `default`, `entrants` of a competitor on a problem.
 
         Raises:
-            UsageError: the file does not load, or no config is valid.
+            UsageError: the file does not load, or its space is none.
+            NoConfig: no config is valid for the problem.
         """
         key = (*_key(impl, mode), impl.path, impl.source_hash, str(problem))
         if key not in self._spaces:  # 10,000 configs take seconds to list, and races, models and searches all ask
             reply = self.ask(impl, "space", LOAD_S, mode, problem=str(problem))
+            if reply.status == Status.SKIPPED:
+                raise NoConfig(reply.reason)
             if not reply.ok:
                 raise UsageError(f"{impl.key}: {reply.reason}")
             self._spaces[key] = reply.data

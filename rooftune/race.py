@@ -21,6 +21,7 @@ from rooftune.lab import Lab, Reply
 from rooftune.registry import Impl
 from rooftune.results import statistics
 from rooftune.results.record import Record
+from rooftune.spaces import NoConfig
 
 Event = Callable[[str, str], None]  # (kind, text): "prepare", "time", "failed", ...
 SLOW_S = 0.1  # calls above this get three samples a round instead of five
@@ -89,6 +90,8 @@ def entrants(lab: Lab, problem: Problem, impls: Iterable[Impl], event: Event) ->
         event("prepare", impl.key)
         try:
             space = lab.space(impl, problem)
+        except NoConfig as error:
+            return [Entrant(impl, {}, True, Status.SKIPPED, str(error))]
         except UsageError as error:
             return [Entrant(impl, {}, True, Status.FAILED_COMPILE, str(error))]
         axis = space["entrants"]

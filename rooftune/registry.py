@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -21,11 +22,12 @@ from types import ModuleType
 from typing import Any
 
 from rooftune import sources
-from rooftune.core import PRECISIONS, Op, Problem, UsageError, unknown
+from rooftune.core import PRECISIONS, Op, Problem, RooftuneError, UsageError, unknown
 from rooftune.device import VENDORS
 
 KERNELS = "rooftune.kernels"
 ENTRY_POINTS = "rooftune.kernels"  # group: a package with the same folder layout
+MODES = ("native", "emulate", "compile")  # of a worker
 LITERALS = ("DEVICES", "PRECISIONS", "REQUIRES", "ENV", "OP", "BASELINE", "PER_SHAPE")
 
 
@@ -145,10 +147,40 @@ def op(name: str) -> Op:
     if name in op_names():
         for package, root in _roots():
             if (root / name / "__init__.py").exists():
-                found = importlib.import_module(f"{package}.{name}").OP
-                assert isinstance(found, Op)
-                return found
+                return _declared(f"{package}.{name}", root / name / "__init__.py")
     raise unknown("op", name, op_names())
+
+
+def _declared(module: str, path: Path) -> Op:
+    """The `OP` of an operator's file. Every verb reads all of them, so a broken one must say which it is."""
+    try:
+        found = importlib.import_module(module).OP
+    except RooftuneError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = f" ({Path(where.filename).name}:{where.lineno})" if not isinstance(error, SyntaxError) else ""
+        raise UsageError(f"{path} raises on import: {type(error).__name__}: {error}{at}") from error
+    if not isinstance(found, Op):
+        raise UsageError(f"{path}: OP is a {type(found).__name__}; write OP = Op(name=...), from rooftune.core")
+    if found.name != path.parent.name:
+        raise UsageError(f"{path}: the operator is called '{found.name}', its folder '{path.parent.name}'; rename one")
+    return found
+
+
+def baseline(op_name: str) -> Impl:
+    """What an operator's competitors are compared with, and what production falls back on: torch's own call.
+
+    Raises:
+        UsageError: it has none.
+    """
+    for found in impls(op_name):
+        if found.baseline:
+            return found
+    raise UsageError(
+        f"{op_name} has no competitor with BASELINE = True: nothing to compare with or to fall back on; "
+        f"add torch's own calls as kernels/{op_name}/torch.py"
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str, set[str]]:
@@ -209,17 +241,32 @@ def environment(mode: str) -> dict[str, str]:
     return found
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(name, str) for name in value)
+
+
+def _is_environment(value: Any) -> bool:
+    """A mode of a worker -> variables."""
+    return isinstance(value, dict) and all(
+        mode in MODES and isinstance(some, dict) and _are_names([*some, *some.values()]) for mode, some in value.items()
+    )
+
+
 def _impl(op_name: str, path: Path, module: str, root: Path | None) -> Impl:
     values, summary, names = _read(path)
     for needed in ("DEVICES", "PRECISIONS"):
         if needed not in values:
             raise UsageError(f"{path} has no {needed}; a kernel file declares DEVICES, PRECISIONS, SPACE and build()")
     for needed, what, known in (("DEVICES", "device", tuple(VENDORS)), ("PRECISIONS", "precision", tuple(PRECISIONS))):
-        if not isinstance(values[needed], tuple | list):
+        if not isinstance(values[needed], tuple | list) or not values[needed]:
             raise UsageError(f'{path}: {needed} must be a tuple of names, such as ("{known[0]}",)')
         for name in values[needed]:
             if name not in known:
                 raise unknown(f"{what} of {needed}", str(name), known, str(path))
+    if not _are_names(values.get("REQUIRES", ())):  # a word would be taken for packages of a letter each
+        raise UsageError(f'{path}: REQUIRES must be a tuple of names, such as ("torch",)')
+    if not _is_environment(values.get("ENV", {})):  # what has another form would be set nowhere
+        raise UsageError(f'{path}: ENV must have the form {{"native": {{"NAME": "value"}}}}; known: {", ".join(MODES)}')
     spoken, language = _language(root, path.stem) if root else ("", {})
     default = () if root is None else (path.stem.split("_")[0],)
     return Impl(

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from rooftune import __version__, device, registry, revisions
-from rooftune.core import Problem, Unavailable, UsageError
+from rooftune.core import Problem, Status, Unavailable, UsageError
 from rooftune.lab import LOAD_S, Lab, WorkerDied
 from rooftune.registry import Impl
 from rooftune.results import store
@@ -165,15 +165,16 @@ class Session:
             )
 
     def check_user_files(self, impls: Sequence[Impl], problem_of: dict[str, Problem]) -> None:
-        """A user's file that does not even load is bad input, said before anything is timed.
+        """A user's file that does not even load is bad input, said before anything is timed. One that does not do
+        this problem is skipped there like any other: it may do the next.
 
         Raises:
-            UsageError: what it raises on import.
+            UsageError: what it raises on import, or what is wrong with its space.
         """
         for impl in impls:
             if impl.module.startswith("file:"):
                 reply = self.lab.ask(impl, "space", LOAD_S, problem=str(problem_of[impl.op]))
-                if not reply.ok:
+                if not reply.ok and reply.status != Status.SKIPPED:
                     raise UsageError(f"{impl.path}: {reply.reason}")
 
     def say(self, text: str) -> None:

@@ -1,4 +1,5 @@
-"""What a competitor is made of: its file, what that imports of a kernels folder, and what its CUDA C++ includes.
+"""What a competitor is made of: its file, what that imports of a kernels folder or, outside of one, from beside it, and
+what its CUDA C++ includes.
 
 A result, a tuned entry or a proof holds for one state of these files. Shared files that a competitor does not use
 may change without making its results old; so may what judges it: of its operator's `__init__.py` (inputs, reference,
@@ -115,9 +116,12 @@ def _modules(file: Path, text: str, roots: Mapping[str, Path]) -> Iterator[tuple
             place = file.parents[level - 1]
         else:
             root = next((r for r in roots if name == r or name.startswith(f"{r}.")), None)
-            if root is None:
-                continue
-            place, parts = roots[root], parts[len(root.split(".")) :]
+            if root is not None:
+                place, parts = roots[root], parts[len(root.split(".")) :]
+            elif any(file.is_relative_to(folder) for folder in roots.values()):
+                continue  # `import numba` beside kernels/softmax/numba.py is the package
+            else:
+                place = file.parent  # a user's file (`--load`): what lies beside it is its own
         place = place.joinpath(*parts)
         yield (place.with_suffix(".py") if parts else place / "__init__.py"), names or ("*",)
         yield place / "__init__.py", names or ("*",)

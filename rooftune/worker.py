@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 from weakref import WeakValueDictionary
 
-from rooftune import audit, check, clock, registry, screen
+from rooftune import audit, check, clock, registry, screen, spaces
 from rooftune.core import CompileError, Op, Problem, RooftuneError, Status
 from rooftune.fence import Fenced, bits
 from rooftune.nursery import die_with_parent
@@ -30,7 +30,6 @@ from rooftune.nursery import die_with_parent
 VERIFY_ROWS = 6  # rows of a timed output that are compared with float64
 LATER = 3  # calls between the first on new contents and one that it is compared with
 KEPT = 32  # builds that may be asked for again: Numba took 30 s for those of one thorough check of a GPU's product
-ENUMERATED = 500_000  # a space of more configs before its rules, which take 4 us each, is drawn from
 ROTATION = 4096  # inputs change between rounds by a random rotation of up to this many elements
 
 
@@ -187,22 +186,15 @@ class Session:
 
     def space(self, impl: str, problem: str, limit: int = 20_000, seed: int = 0) -> dict[str, Any]:
         """The valid configs for a problem (a seeded sample of them above `limit`), and the default."""
-        module, parsed = self._module(impl), registry.problem(problem)
-        space = module.SPACE
-        if space.size <= ENUMERATED:
-            configs = list(space.configs(parsed))
-            if len(configs) > limit:
-                configs = random.Random(seed).sample(configs, limit)
-        else:
-            rng = random.Random(seed)
-            drawn = (space.sample(parsed, rng) for _ in range(limit))
-            configs = list({json.dumps(c): c for c in drawn if c is not None}.values())
-        return {
-            "axes": {a: list(v) for a, v in space.axes.items()},
-            "configs": configs,
-            "default": space.default_for(parsed),
-            "entrants": space.entrants,
-        }
+        module = self._module(impl)
+        try:
+            space = spaces.checked(module.SPACE)
+        except RooftuneError as error:
+            raise Failure(Status.FAILED_COMPILE, str(error)) from error
+        try:
+            return spaces.described(space, registry.problem(problem), limit, seed)
+        except RooftuneError as error:
+            raise _refusal(error) from error
 
     def prepare(self, impl: str, problem: str, config: dict[str, Any], seed: int, thorough: bool) -> dict[str, Any]:
         """Build a candidate, unless it is among the last ones that were built, and check it. Returns a handle if it is

@@ -97,7 +97,10 @@ def problems(suite: str, ops: Sequence[str], precisions: Sequence[str], device_k
                     found[_instance(template, precision)] = None
     if not found:
         asked = f"{', '.join(ops) or 'no operator'} in {', '.join(precisions) or 'no precision'} on {device_kind}"
-        raise UsageError(f"suite {suite} has no problem for {asked}; it holds {', '.join(listed) or 'nothing'}")
+        held = f"suite {suite} has no problem for {asked}; it holds {', '.join(listed) or 'nothing'}"
+        without = next((name for name in ops if name not in listed), None)
+        fits = [p for p in precisions if without and p in registry.op(without).precisions]
+        raise UsageError(held + (f"; or write one out: '{registry.op(without).small(fits[0])[0]}'" if fits else ""))
     return list(found)
 
 

@@ -15,6 +15,7 @@ from rooftune import device, race, registry, streams
 from rooftune.core import PRECISIONS, Problem, UsageError, unknown
 from rooftune.registry import Impl
 from rooftune.results.record import Record
+from rooftune.spaces import NoConfig
 from rooftune.suites import catalogue
 
 if TYPE_CHECKING:
@@ -249,8 +250,16 @@ def tuned_entrants(
                 config = found.entry.config if found.entry is not None else None
                 if config is None and impl.missing is None:
                     config = table.neighbour(impl, problem, session.about["identity"], session.threads).config
-                    if config is not None and config not in session.lab.space(impl, problem)["configs"]:
+                    if config is not None and not _has(session, impl, problem, config):
                         config = None
                 if config is not None:
                     extra.setdefault(problem, []).append(race.Entrant(impl, config, False))
     return extra
+
+
+def _has(session: Session, impl: Impl, problem: Problem, config: dict[str, Any]) -> bool:
+    """Whether a config of another shape is valid here."""
+    try:
+        return config in session.lab.space(impl, problem)["configs"]
+    except NoConfig:
+        return False

@@ -25,7 +25,9 @@ def _package(chosen: argparse.Namespace) -> ExitCode:
     from rooftune.autotune import export as exporting
 
     found = devices.find(common.device_name(chosen))
-    threads = chosen.threads or (found.cores if found.kind == "cpu" else 1)
+    threads = chosen.threads
+    if threads is None:
+        threads = found.cores if found.kind == "cpu" else 1
     named = [registry.problem(text) for text in chosen.what if "[" in text]
     ops = [registry.op(text).name for text in chosen.what if "[" not in text]
     problems = named
@@ -52,6 +54,9 @@ def _recorded(chosen: argparse.Namespace) -> ExitCode:
     tunings = [found for text in chosen.what for found in formats.load(Path(text))]
     written = formats.write(chosen.format, tunings, Path(chosen.out))
     console = common.console(chosen)
+    for tuning in tunings:
+        if why := formats.unfit(chosen.format, tuning):
+            console.print(f"left out {tuning.source}: {tuning.kernel}: {why}", style="dim", markup=False)
     for path in written:
         console.print(str(path), markup=False)
     return ExitCode.OK

@@ -23,6 +23,7 @@ from rooftune.core import ExitCode, Problem, Unavailable, UsageError
 from rooftune.registry import Impl
 from rooftune.results import store
 from rooftune.session import Session
+from rooftune.spaces import NoConfig
 
 
 def tune(chosen: argparse.Namespace) -> ExitCode:
@@ -144,7 +145,7 @@ def _tune_all(
                 if job.journal.final is None or plan.budget.left(job.journal):
                     job.advance(plan.budget)
                 found[len(jobs)] = _conclude(job, plan, session, results, console)
-        except Unavailable as error:
+        except (NoConfig, Unavailable) as error:
             session.clear()
             console.print(f"{impl.key} {problem}: {error}", markup=False)
             continue

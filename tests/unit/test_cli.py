@@ -161,6 +161,9 @@ def test_a_file_of_an_operator_that_is_not_raced_is_refused(kernel, arguments: t
         ('DEVICES = ("cpu",)', 'DEVICES = "cpu"', "DEVICES must be a tuple of names"),
         ('DEVICES = ("cpu",)', 'DEVICES = ("gpu",)', "unknown device of DEVICES 'gpu'; known: cpu, cuda, rocm"),
         ('PRECISIONS = ("fp32",)', 'PRECISIONS = ("fp33",)', "unknown precision of PRECISIONS 'fp33'; known: bf16"),
+        ('PRECISIONS = ("fp32",)', "PRECISIONS = ()", "PRECISIONS must be a tuple of names"),
+        ("SPACE = Space()", 'SPACE = Space()\nREQUIRES = "torch"', "REQUIRES must be a tuple of names"),
+        ("SPACE = Space()", 'SPACE = Space()\nENV = {"OMP_NUM_THREADS": "1"}', "ENV must have the form"),
         ("SPACE = Space()", "", "has no SPACE"),
     ],
 )

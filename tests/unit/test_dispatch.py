@@ -116,6 +116,25 @@ def test_what_does_not_apply_here_is_listed_and_not_used(changes: dict[str, Any]
     assert any(why in c["reason"] for c in answer["considered"]), answer["considered"]
 
 
+def test_where_torch_has_no_record_of_use_the_reason_is_torchs_and_the_next_command_makes_one() -> None:
+    """A user's own kernel was the newest record: `because its file is not here; torch is the safe choice`."""
+    store(record(TORCH, CALL, None), record(NUMBA, {}, 1.5, 1.4, impl="softmax/mine"))
+    threads = record(TORCH, CALL, None).regime["threads"] + 1
+    answer = dispatch.choose(PROBLEM, threads=threads).as_json()
+    assert answer["why"] == f"measured with {threads - 1} threads; torch is the safe choice"
+    assert answer["next"].endswith(f"--device cpu --threads {threads}")
+
+
+def test_it_does_not_say_that_nothing_was_measured_where_only_torch_was_not() -> None:
+    store(record(NUMBA, DEFAULT, None))
+    assert dispatch.choose(PROBLEM).use.why.startswith("torch was not measured for this problem on this device")
+
+
+def test_no_threads_are_refused() -> None:
+    with pytest.raises(UsageError, match="threads must be positive, not 0"):
+        dispatch.choose(PROBLEM, threads=0)
+
+
 def test_emulated_and_compiled_records_are_no_evidence_of_speed() -> None:
     store(record(TORCH, CALL, None), record(NUMBA, DEFAULT, 1.5, 1.4, evidence=Evidence.EMULATED))
     assert dispatch.choose(PROBLEM).as_json()["impl"] == "softmax/torch"

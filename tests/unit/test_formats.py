@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,19 @@ def test_a_device_name_makes_no_folders(tmp_path: Path) -> None:
     tuning = Tuning("gemm/triton", "gemm[m=64,n=64,k=64]", "../A/B 9", {"block_m": [64]}, [row], "x")
     (path,) = write("vllm", [tuning], tmp_path / "out")
     assert path.parent == tmp_path / "out" / "gemm-triton"
+    for odd in (replace(tuning, kernel=".."), replace(tuning, problem="gemm[m=64,n=64,k=64,a=../../../b]")):
+        assert write("vllm", [odd], tmp_path / "out")[0].resolve().parent.parent == tmp_path / "out"
+
+
+def test_a_tuning_that_a_format_cannot_hold_is_named(tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "500")
+    theirs, named = ({**CACHE, "problem_size": size} for size in ("1000", "softmax[m=64,n=512]"))
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs)), (tmp_path / "named.json").write_text(json.dumps(named))
+    form = ["export", "--format", "vllm", "--out", str(tmp_path), str(tmp_path / "theirs.json")]
+    assert bench.main(form) == ExitCode.USAGE
+    assert "nothing to write as vllm: a table is named by sizes, which '1000' does not name" in capsys.readouterr().err
+    assert bench.main([*form, str(tmp_path / "named.json")]) == ExitCode.OK
+    assert f"left out {form[-1]}: vector_add: a table is named by sizes" in capsys.readouterr().out
 
 
 def test_vllm_tables_hold_what_was_decided(tmp_path: Path) -> None:

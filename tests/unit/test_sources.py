@@ -123,6 +123,26 @@ def test_what_judges_a_competitor_is_no_part_of_it(root: Path) -> None:
     assert not changes(OPERATOR, "")
 
 
+def test_a_users_file_is_made_of_what_it_imports_from_beside_it(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Else a tuning would be resumed, and a tuned config used, after its helper changed."""
+    home = tmp_path_factory.mktemp("user")
+    mine = home / "mine.py"
+    mine.write_text("import math, helper\nfrom pack import inner\nfrom rooftune.kernels.common import other\n")
+    (home / "pack").mkdir()
+    for name in ("helper.py", "unused.py", "pack/__init__.py", "pack/inner.py"):
+        (home / name).write_text("import json\n")
+    roots = {"rooftune.kernels": root}
+    found = sources.files(mine, roots)
+    beside = {str(p.relative_to(home)) for p in found if p.is_relative_to(home)}
+    assert beside == {"mine.py", "helper.py", "pack/__init__.py", "pack/inner.py"}
+    assert root / "common" / "other.py" in found
+    before = sources.digest(mine, roots)
+    (home / "helper.py").write_text("import csv\n")
+    assert sources.digest(mine, roots) != before
+
+
 def test_a_file_that_is_not_python_has_a_hash(root: Path) -> None:
     broken = root / "op" / "broken.py"
     broken.write_text("def (:\n")

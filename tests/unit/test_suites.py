@@ -94,6 +94,7 @@ def test_rocm_uses_the_gpu_list_and_missing_precisions_are_left_out():
         (("quick", ["gem"], ["fp32"], "cpu"), "unknown op 'gem'; known: attention"),
         (("quick", ["gemm"], ["fp31"], "cpu"), "unknown precision 'fp31'"),
         (("fa", ["gemm"], ["fp32"], "cpu"), "suite fa has no problem for gemm in fp32 on cpu; it holds attention"),
+        (("fa", ["gemm"], ["bf16"], "cpu"), "or write one out: 'gemm[m=64,n=96,k=64,bf16]'"),
         (("quick", ["softmax"], ["int8"], "cpu"), "has no problem for softmax in int8"),
     ],
 )

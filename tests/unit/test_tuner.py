@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,14 @@ def test_a_users_file_is_tuned_for_real(tmp_path: Path, lab: Lab) -> None:
     assert result.speedup is not None
     assert result.speedup > 3
     assert len(table.entries()) == 1
+
+
+@pytest.mark.parametrize(("fails", "words"), [(0, 'no config ran; {"a": 1}: '), (1, 'no other config ran; {"a": 2}: ')])
+def test_where_nothing_else_ran_the_verdict_says_why(
+    kernel: Callable[[str], Path], tmp_path: Path, lab: Lab, fails: int, words: str
+) -> None:
+    path = kernel(f"if config['a'] > {fails}: raise ValueError('no such tile')\ntorch.softmax(x, -1, out=out)")
+    path.write_text(path.read_text().replace("Space()", "Space(axes={'a': (1, 2)}, default={'a': 1})"))
+    problem = registry.problem("softmax[m=16,n=64,fp32]")
+    result = tune(lab, registry.user_impl(path), problem, "2", table=Table(tmp_path / "tuned.json"))
+    assert result.reason.startswith(f"{words}failed(launch) ValueError: no such tile"), result.reason
