@@ -81,12 +81,15 @@ def publish(chosen: argparse.Namespace, cells: Sequence[Cell], lines: Sequence[s
     """`--format github`, `--json`, `--junit`. Lines: what is said about the cells, if not what `compare` says."""
     from rooftune.results import export
 
+    _write_cells(chosen, cells)
     if chosen.format == "github" or (chosen.format == "auto" and os.environ.get("GITHUB_ACTIONS") == "true"):
         print("\n".join(export.github_annotations(cells)), file=sys.stderr if common.to_stdout(chosen) else sys.stdout)
         if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-            with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(export.step_summary(cells, lines=lines))
-    _write_cells(chosen, cells)
+            try:
+                with Path(summary).open("a", encoding="utf-8") as file:
+                    file.write(export.step_summary(cells, lines=lines))
+            except OSError as error:
+                raise UsageError(f"cannot append to GITHUB_STEP_SUMMARY={summary}: {error.strerror}") from error
 
 
 def _write_cells(chosen: argparse.Namespace, cells: Sequence[Cell]) -> None:

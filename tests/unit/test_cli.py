@@ -249,6 +249,18 @@ def test_two_runs_compare_and_the_gate_answers(tmp_path: Path) -> None:
     assert "softmax[m=64,n=256,fp32]" in done.stdout
 
 
+def test_a_step_summary_that_cannot_be_written_is_one_line_and_the_verdicts_are_kept(tmp_path: Path) -> None:
+    run = str(store.REFERENCE / "20261127-183942-run-0c4f17.jsonl")
+    verdicts, folder = tmp_path / "verdicts.jsonl", str(tmp_path / "none" / "summary.md")
+    arguments = ("compare", run, run, "--format", "github", "--json", str(verdicts))
+    done = bench(*arguments, GITHUB_STEP_SUMMARY=folder)
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr == f"rooftune: cannot append to GITHUB_STEP_SUMMARY={folder}: No such file or directory\n"
+    assert json.loads(verdicts.read_text().splitlines()[0])["verdict"] == "same"
+    assert bench(*arguments, GITHUB_STEP_SUMMARY=str(tmp_path / "summary.md")).returncode == ExitCode.OK
+    assert (tmp_path / "summary.md").read_text().startswith("### rooftune")
+
+
 def test_help_takes_little_more_cpu_time_than_python_itself() -> None:
     """Twice as much, where nothing but the standard library is imported; with numpy it would be seven times."""
     ours = min(_cpu_s("bench.py", "--help") for _ in range(3))
