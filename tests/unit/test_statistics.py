@@ -69,6 +69,28 @@ def test_rank_sum_equals_scipy(m: int, n: int) -> None:
         assert S._rank_sum_sf(m, n)[u] == pytest.approx(expected, abs=1e-12)
 
 
+def test_of_many_rounds_the_normal_distribution_gives_the_exact_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    normal = S._rank_sum_sf(101, 100)
+    monkeypatch.setattr(S, "EXACT", 101 * 100)
+    S._rank_sum_sf.cache_clear()
+    exact = S._rank_sum_sf(101, 100)
+    S._rank_sum_sf.cache_clear()
+    assert len(normal) == len(exact)
+    assert not np.array_equal(normal, exact)
+    assert np.abs(normal - exact).max() < 5e-4
+    assert np.flatnonzero(normal <= 0.025)[0] == np.flatnonzero(exact <= 0.025)[0]
+
+
+def test_two_sessions_of_a_thousand_rounds_are_compared() -> None:
+    """The exact distribution of a million pairs would take 8 GB."""
+    rng = np.random.default_rng(5)
+    a, b = (np.exp(rng.normal(mean, 0.01, (1000, 1))).tolist() for mean in (0.02, 0.0))
+    value, low, high = S.unpaired_ratio(a, b)
+    assert low is not None
+    assert high is not None
+    assert 1.017 < low < value < high < 1.024
+
+
 def test_estimates_are_medians_of_pairs() -> None:
     assert S.hodges_lehmann([1.0, 2.0, 6.0])[0] == 2.75  # of 1, 1.5, 2, 3.5, 4, 6
     assert S.hodges_lehmann_shift([1.0, 5.0], [0.0, 1.0])[0] == 2.5  # of 0, 1, 4, 5
