@@ -93,17 +93,20 @@ def compare(
     """
     cells: list[Cell] = []
     paired: dict[int, tuple[statistics.Rounds, statistics.Rounds]] = {}
+    launches: dict[int, int] = {}
     for base, candidate in _match(run_a, run_b):
         cell = _judge(base, candidate, same)
         if cell.paired and base and candidate and base.rounds and candidate.rounds:
             paired[len(cells)] = (base.rounds, candidate.rounds)
+            launches[len(cells)] = _launches(candidate)
         cells.append(cell)
-    for index, decision in statistics.decide(paired, margin, same, alpha).items():
+    for index, decision in statistics.decide(paired, margin, same, alpha, launches).items():
         cells[index] = _decided(cells[index], decision)
     if len(paired) > 1 and len({len(a) for a, _ in paired.values()}) == 1:
         mean = tuple(statistics.suite_rounds([pair[side] for pair in paired.values()]) for side in (0, 1))
         whole = Cell(SUITE, "geometric mean", Verdict.SAME, paired=True)
-        cells.append(_decided(whole, statistics.decide({0: (mean[0], mean[1])}, margin, same, alpha)[0]))
+        least = {0: min(launches.values())}
+        cells.append(_decided(whole, statistics.decide({0: (mean[0], mean[1])}, margin, same, alpha, least)[0]))
     return worst_first(cells)
 
 
@@ -196,6 +199,12 @@ def _one_session(base: Record, candidate: Record) -> bool | None:
     if not (base.run and base.run == candidate.run) and not (sessions[0] and sessions[0] == sessions[1]):
         return False
     return True if base.rounds and candidate.rounds and len(base.rounds) == len(candidate.rounds) else None
+
+
+def _launches(record: Record) -> int:
+    """How many processes, one after another, its rounds were taken in."""
+    found = record.regime.get("launches")
+    return found if isinstance(found, int) and 0 < found <= len(record.rounds or ()) else 1
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

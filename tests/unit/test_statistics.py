@@ -249,6 +249,28 @@ def test_verdicts() -> None:
     assert (lost.verdict, lost.ratio, lost.rounds) == ("inconclusive", None, 0)
 
 
+def test_rounds_are_shared_evenly() -> None:
+    assert S.shares(32, 8) == [4] * 8
+    assert S.shares(10, 3) == [4, 3, 3]
+    assert S.shares(5, 1) == [5]
+
+
+def test_launches_that_do_not_agree_decide_nothing() -> None:
+    """16 rounds, of which four of each of three processes are 5 % slower, and those of the fourth faster."""
+    base = [[1.0]] * 16
+    luck = [[1.05 + i / 1000] for i in range(12)] + [[0.95 + i / 1000] for i in range(4)]
+    shown = S.launch_logs(luck, [*base[:15], []], 4)  # a lost round takes its partner out
+    assert np.exp(shown) == pytest.approx([1.0515, 1.0555, 1.0595, 0.951], abs=1e-5)
+    mostly = [*luck[:12], *([0.99 + i / 1000] for i in range(4))]
+    assert S.decide({0: (base, mostly)}, alpha=0.05)[0].verdict == "slower"
+    assert S.decide({0: (base, mostly)}, alpha=0.05, launches={0: 4})[0].verdict == "inconclusive"
+    slow = [[1.05 + i / 1000] for i in range(16)]
+    assert S.decide({0: (base, slow)}, launches={0: 8})[0].verdict == "slower"
+    assert S.decide({0: (slow, base)}, launches={0: 8})[0].verdict == "faster"
+    few = S.decide({0: (base, slow)}, launches={0: 4})[0]  # not even all of four are significant
+    assert (few.verdict, few.p, few.mde) == ("inconclusive", 1 / 16, None)
+
+
 def test_screen_flags_what_is_worth_confirming() -> None:
     rng = np.random.default_rng(9)
     pairs = {"slow": (rounds(rng, 8), rounds(rng, 8, 0.1)), "fast": (rounds(rng, 8, 0.1), rounds(rng, 8))}
