@@ -262,6 +262,16 @@ def test_explanation_and_command() -> None:
     assert "1 of the paired cells have too few rounds" in few
 
 
+def test_what_measures_again_times_it_the_same_way() -> None:
+    """With other threads or another cache the new run would be incomparable; beside a GPU, it would run there."""
+    about = {"name": "Example 9000", "kind": "cpu", "identity": IDENTITY}
+    cold = {"device": about, "regime": {"clock": "cpu", "cache": "cold", "threads": 1}}
+    cells = compare([record("a"), record("b", **cold)], [later("a", 0.2), later("b", 0.3, **cold)])
+    plain = "python bench.py run --problem 'softmax[m=8,n=500,fp32]' --only {} --rounds 32"
+    again = plain.format("b") + " --cache cold --clock cpu --device cpu --threads 1"
+    assert remeasure(cells) == f"{again} && {plain.format('a')}"
+
+
 def test_false_alarms_of_many_unchanged_paired_cells() -> None:
     """40 runs of 20 cells that share a drift of 2 % per round: at margin 0 at most one run may be red."""
     rng, red = np.random.default_rng(11), 0
