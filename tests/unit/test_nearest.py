@@ -49,8 +49,28 @@ def test_a_config_that_wins_everywhere_is_carried_to_shapes_in_between() -> None
     config, why = rule.choose(problem(300))
     assert config == WIDE
     assert "tuned at softmax[m=64,n=256,fp32]" in why
+    assert rule.radius == 1  # the smallest of those that lose nothing
+    assert rule.choose(problem(4096))[0] == WIDE  # as far as that
+    assert rule.choose(problem(4100))[0] is None
     assert rule.choose(problem(100_000))[0] is None
     assert "expected regret 0.0% (worst 0.0%), falls back to the default on 0%; used" in told(rule)
+
+
+def test_the_gain_is_the_smallest_and_the_regret_is_of_the_best_that_was_seen() -> None:
+    rule = fit("softmax/numba", [shape(n, WIDE, 0.8 if n == 512 else 0.7, 0.75) for n in (128, 256, 512, 1024)])
+    assert rule is not None
+    assert rule.gain == pytest.approx(1 / 0.8)
+    assert (rule.worst, rule.regret) == pytest.approx((0.8 / 0.75 - 1, (0.8 / 0.75 - 1) / 4))
+    assert Shape(problem(64), DEFAULT, DEFAULT, {}).best == 1  # the default's own
+
+
+def test_where_the_nearest_shape_stays_with_the_default_so_does_the_rule() -> None:
+    rule = Rule("softmax/numba", 2.0, ((str(problem(128)), WIDE), (str(problem(512)), None)), 0, 0, 0, 0, 1.3)
+    assert rule.choose(problem(150)) == (
+        WIDE,
+        f"tuned at {problem(128)}; on held-out shapes this rule gained at least 1.30x",
+    )
+    assert rule.choose(problem(500)) == (None, f"the default is not beaten at the nearest tuned shape, {problem(512)}")
 
 
 def test_where_neighbours_disagree_the_default_stays() -> None:
@@ -80,6 +100,7 @@ def test_what_was_not_measured_is_not_claimed_and_what_fails_is_the_default() ->
     rule = fit("softmax/numba", [*shapes, unknown])
     assert rule is not None
     assert rule.slower > 0
+    assert rule.radius == 0
     failed = Shape(problem(1024), DEFAULT, DEFAULT, {canonical(DEFAULT): 1.0}, frozenset({canonical(WIDE)}))
     rule = fit("softmax/numba", [*shapes, failed])
     assert rule is not None

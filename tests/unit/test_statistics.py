@@ -183,6 +183,7 @@ def test_tie_set() -> None:
 
 def test_holm_against_its_definition() -> None:
     assert S.holm([0.01, 0.04, 0.03, 0.005], 0.05) == [True, False, False, True]
+    assert S.holm([0.045, 0.02, 0.005, 0.015], 0.05) == [True] * 4  # by Bonferroni only one
     assert S.holm([], 0.05) == []
     assert S.holm([math.nan], 0.05) == [False]
 
