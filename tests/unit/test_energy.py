@@ -243,6 +243,9 @@ def test_the_integral_of_a_power_that_rises_is_exact_by_trapezoids() -> None:
     found = metering.window(meter, meter, work, at_least_s=1.0)
     start, end = meter.t - found.seconds, meter.t
     assert found.joules == pytest.approx(100 * found.seconds + 500 * (end**2 - start**2), rel=1e-9)
+    assert found.ticks == found.calls  # a reading that differs from the one before
+    meter.watts = lambda: 100.0  # type: ignore[method-assign]
+    assert metering.window(meter, meter, work, at_least_s=1.0).ticks == 0
 
 
 def test_the_longest_gap_between_two_looks_is_the_windows_jitter() -> None:
@@ -338,6 +341,22 @@ def test_the_interval_of_few_windows_is_students() -> None:
     assert metering.summarise(found, Meter(), None).u95_rel == pytest.approx(4.303 / math.sqrt(3) / 100)
     still = [*found, metering.Window(0.0, 1.0, 1, 0, 0.0)]
     assert metering.summarise(still, Meter(), None).code == "counter-frozen"
+
+
+def test_the_first_window_opens_when_the_load_has_run_for_a_while() -> None:
+    meter, began = Meter(), []
+
+    def settling() -> int:
+        began.append(meter.t)
+        meter._pass(4e-3, 1000.0 if meter.t - began[0] < 2.5 else 500.0)
+        return 2
+
+    assert metering.measure(meter, settling, meter, windows=1, window_s=1.0).value == pytest.approx(1.0, rel=1e-3)
+
+
+def test_the_ticks_are_those_of_the_window_with_the_fewest() -> None:
+    found = metering.summarise([metering.Window(9.0, 1.0, 9, ticks, 0.0) for ticks in (60, 50, 70)], Meter(), None)
+    assert found.ticks == 50
 
 
 def test_rare_looks_at_the_counter_widen_the_interval() -> None:

@@ -267,9 +267,19 @@ def test_launches_that_do_not_agree_decide_nothing() -> None:
     assert S.decide({0: (base, mostly)}, alpha=0.05, launches={0: 4})[0].verdict == "inconclusive"
     slow = [[1.05 + i / 1000] for i in range(16)]
     assert S.decide({0: (base, slow)}, launches={0: 8})[0].verdict == "slower"
-    assert S.decide({0: (slow, base)}, launches={0: 8})[0].verdict == "faster"
+    quick = S.decide({0: (slow, base)}, launches={0: 8})[0]
+    assert (quick.verdict, quick.p) == ("faster", 1 / 256)
     few = S.decide({0: (base, slow)}, launches={0: 4})[0]  # not even all of four are significant
     assert (few.verdict, few.p, few.mde) == ("inconclusive", 1 / 16, None)
+
+
+def test_among_many_cells_only_a_larger_change_is_found() -> None:
+    rng = np.random.default_rng(4)
+    pair = rounds(rng, 32), rounds(rng, 32)
+    alone, among = (S.decide(dict.fromkeys(range(n), pair))[0].mde for n in (1, 20))
+    assert alone is not None
+    assert among is not None
+    assert among > 1.1 * alone
 
 
 def test_screen_flags_what_is_worth_confirming() -> None:
