@@ -262,6 +262,17 @@ def test_explanation_and_command() -> None:
     assert "1 of the paired cells have too few rounds" in few
 
 
+@pytest.mark.parametrize(("launches", "verdict"), [(1, Verdict.SLOWER), (4, Verdict.INCONCLUSIVE)])
+def test_the_rounds_of_a_process_are_one_witness_in_cells_and_in_their_mean(launches: int, verdict: Verdict) -> None:
+    """Three of four processes are 5 % slower, the fourth is faster: 12 of 16 rounds are much, or one quarter is not."""
+    how = {"run": "", "regime": {"session": "one", "launches": launches}}
+    slow = [[1e-3 * (1.05 + i / 1000)] for i in range(12)] + [[1e-3 * (0.99 + i / 1000)] for i in range(4)]
+    base = [record(name, rounds=[[1e-3]] * 16, **how) for name in "ab"]
+    cells = compare(base, [record(name, rounds=slow, **how) for name in "ab"])
+    assert [c.problem == SUITE for c in cells].count(True) == 1
+    assert {c.verdict for c in cells} == {verdict}
+
+
 def test_what_measures_again_times_it_the_same_way() -> None:
     """With other threads or another cache the new run would be incomparable; beside a GPU, it would run there."""
     about = {"name": "Example 9000", "kind": "cpu", "identity": IDENTITY}
