@@ -98,6 +98,11 @@ def test_paired_rounds_decide(how: dict[str, Any], mean: float, verdict: Verdict
     assert gate([cell]) == code
 
 
+def test_records_that_name_no_run_are_not_of_one_session() -> None:
+    (cell,) = compare([record(run="")], [later(mean=0.2, run="")])
+    assert (cell.verdict, cell.paired) == (Verdict.SUSPECT_SLOWER, False)
+
+
 def test_rounds_that_do_not_pair_fall_back_and_say_so() -> None:
     cell = only(compare([record()], [later(mean=0.1, run="one", n=11)]))
     assert cell.verdict == Verdict.SUSPECT_SLOWER

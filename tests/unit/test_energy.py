@@ -354,6 +354,11 @@ def test_the_first_window_opens_when_the_load_has_run_for_a_while() -> None:
     assert metering.measure(meter, settling, meter, windows=1, window_s=1.0).value == pytest.approx(1.0, rel=1e-3)
 
 
+def test_a_load_that_draws_no_more_than_idling_has_no_net_figure() -> None:
+    found = metering.summarise([metering.Window(500.0, 1.0, 500, 50, 0.0)] * 2, Meter(), (500.0, 501.0))
+    assert (found.net, found.net_reason) == (None, "the load draws no more than the idle device")
+
+
 def test_the_ticks_are_those_of_the_window_with_the_fewest() -> None:
     found = metering.summarise([metering.Window(9.0, 1.0, 9, ticks, 0.0) for ticks in (60, 50, 70)], Meter(), None)
     assert found.ticks == 50

@@ -38,6 +38,8 @@ def test_distance_counts_factors_of_two_and_never_crosses_flags() -> None:
     assert distance(problem(64), problem(128)) == 1
     assert distance(problem(64, 64), problem(128, 32)) == pytest.approx(2**0.5)
     assert distance(problem(64), registry.problem("softmax[m=64,n=64,bf16]")) == float("inf")
+    plain, causal = (registry.problem(f"attention[b=1,h=1,sq=64,d=64{flag}]") for flag in ("", ",causal"))
+    assert distance(plain, causal) == float("inf")
 
 
 def test_a_config_that_wins_everywhere_is_carried_to_shapes_in_between() -> None:
@@ -71,6 +73,12 @@ def test_where_the_nearest_shape_stays_with_the_default_so_does_the_rule() -> No
         f"tuned at {problem(128)}; on held-out shapes this rule gained at least 1.30x",
     )
     assert rule.choose(problem(500)) == (None, f"the default is not beaten at the nearest tuned shape, {problem(512)}")
+
+
+def test_a_neighbour_that_stays_with_its_default_says_nothing_about_another_default() -> None:
+    stays = [shape(n, DEFAULT, 0.9) for n in (128, 512)]
+    held = Shape(problem(256), WIDE, WIDE, {})
+    assert nearest._pick(held, stays, 4.0) == WIDE
 
 
 def test_where_neighbours_disagree_the_default_stays() -> None:
