@@ -98,6 +98,15 @@ def test_paired_rounds_decide(how: dict[str, Any], mean: float, verdict: Verdict
     assert gate([cell]) == code
 
 
+@pytest.mark.parametrize("mean", [0.2, -0.2])
+def test_beyond_five_per_cent_but_within_the_interval_is_undecided(mean: float) -> None:
+    wide = np.exp(mean + np.array([[-0.6], [-0.4], [-0.2], [0.0], [0.2], [0.4], [0.6]]))
+    sides = [record(n=7, rounds=(1e-3 * scale).tolist()) for scale in (wide / np.exp(mean), wide)]
+    cell = only(compare([sides[0]], [replace(sides[1], run="two")]))
+    assert cell.ratio == pytest.approx(math.exp(mean))
+    assert (cell.verdict, cell.reason) == (Verdict.INCONCLUSIVE, "the interval is too wide")
+
+
 def test_records_that_name_no_run_are_not_of_one_session() -> None:
     (cell,) = compare([record(run="")], [later(mean=0.2, run="")])
     assert (cell.verdict, cell.paired) == (Verdict.SUSPECT_SLOWER, False)

@@ -125,6 +125,7 @@ def test_rules_are_kept_beside_the_table_and_expire_with_their_key(tmp_path: Pat
     assert table.neighbour(NUMBA, problem(300), HERE, 1).config == WIDE
     assert table.neighbour(NUMBA, problem(300), HERE, 1).gain == pytest.approx(1 / 0.7)
     assert table.neighbour(NUMBA, problem(300), HERE, 2).config is None
+    assert rule_key(NUMBA, HERE, 1)["source_hash"] == NUMBA.source_hash
     assert table.neighbour(NUMBA, problem(300), {**HERE, "name": "other"}, 1).config is None
     assert table.neighbour(NUMBA, registry.problem("softmax[m=64,n=256,bf16]"), HERE, 1).config is None
     worse = Rule(**{**vars(rule), "slower": 0.5})
