@@ -73,7 +73,8 @@ def _add_revision_options(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(suite="ci")
     verb.add_argument("--rounds", type=int, default=8, help="of all cells, in which a sign of a change is looked for")
     verb.add_argument("--confirm", type=int, default=32, help="fresh rounds that decide where there is one")
-    verb.add_argument("--launches", type=int, default=2, help="processes for these: one may be unlucky as a whole")
+    verb.add_argument("--launches", type=int, default=8, help="processes a side for these, which must agree: one may "
+                      "be unlucky as a whole; more where many cells are decided (1: rounds alone decide)")  # fmt: skip
     verb.add_argument("--margin", type=float, default=0.5, help="percent that a change must exceed")
     verb.add_argument("--detect", type=float, default=10.0, help="percent: undecided where this would not show")
     verb.add_argument("--min-sample-ms", type=float, default=2.0, help="shortest sample, by repeating the call")

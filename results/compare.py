@@ -56,7 +56,7 @@ class Cell:
 
     Times are seconds; `ratio` is candidate time / base time (above 1: slower now) with its 95 % interval;
     `p` and `mde` (smallest change these rounds would find, 0.02 = 2 %) exist for paired rounds only.
-    `changed` says what else differs: source, toolchain, config.
+    `changed` says what else differs: source, toolchain, config. `how`: the options that time it the same way again.
     """
 
     problem: str
@@ -74,6 +74,7 @@ class Cell:
     rounds: int = 0
     paired: bool = False
     changed: tuple[str, ...] = field(default=())
+    how: tuple[str, ...] = field(default=())
 
 
 def compare(
@@ -93,17 +94,20 @@ def compare(
     """
     cells: list[Cell] = []
     paired: dict[int, tuple[statistics.Rounds, statistics.Rounds]] = {}
+    launches: dict[int, int] = {}
     for base, candidate in _match(run_a, run_b):
         cell = _judge(base, candidate, same)
         if cell.paired and base and candidate and base.rounds and candidate.rounds:
             paired[len(cells)] = (base.rounds, candidate.rounds)
+            launches[len(cells)] = _launches(candidate)
         cells.append(cell)
-    for index, decision in statistics.decide(paired, margin, same, alpha).items():
+    for index, decision in statistics.decide(paired, margin, same, alpha, launches).items():
         cells[index] = _decided(cells[index], decision)
     if len(paired) > 1 and len({len(a) for a, _ in paired.values()}) == 1:
         mean = tuple(statistics.suite_rounds([pair[side] for pair in paired.values()]) for side in (0, 1))
         whole = Cell(SUITE, "geometric mean", Verdict.SAME, paired=True)
-        cells.append(_decided(whole, statistics.decide({0: (mean[0], mean[1])}, margin, same, alpha)[0]))
+        least = {0: min(launches.values())}
+        cells.append(_decided(whole, statistics.decide({0: (mean[0], mean[1])}, margin, same, alpha, least)[0]))
     return worst_first(cells)
 
 
@@ -150,7 +154,7 @@ def _judge(base: Record | None, candidate: Record | None, same: float) -> Cell:
     known = candidate or base
     assert known is not None
     name = known.cell[1] + ("" if known.default or "call" in known.config else " (tuned)")  # torch's calls are not
-    cell = Cell(known.problem, name, Verdict.UNMEASURED, evidence=known.evidence)
+    cell = Cell(known.problem, name, Verdict.UNMEASURED, evidence=known.evidence, how=_how(base or known))
     if base and candidate:
         cell = replace(cell, base_s=base.time_s, candidate_s=candidate.time_s, changed=_changes(base, candidate))
     if candidate and candidate.status == Status.WRONG:
@@ -196,6 +200,22 @@ def _one_session(base: Record, candidate: Record) -> bool | None:
     if not (base.run and base.run == candidate.run) and not (sessions[0] and sessions[0] == sessions[1]):
         return False
     return True if base.rounds and candidate.rounds and len(base.rounds) == len(candidate.rounds) else None
+
+
+def _how(record: Record) -> tuple[str, ...]:
+    """Options of `run` for what is not its default: without them the new run would be incomparable."""
+    regime, found = record.regime, list[str]()
+    found += ["--cache", "cold"] if regime.get("cache") == "cold" else []
+    found += ["--clock", "cpu"] if regime.get("clock") == "cpu" else []
+    if record.device.get("kind") == "cpu":  # where there is a GPU too, the default is that
+        found += ["--device", "cpu", *(["--threads", str(regime["threads"])] if regime.get("threads") else [])]
+    return tuple(found)
+
+
+def _launches(record: Record) -> int:
+    """How many processes, one after another, its rounds were taken in."""
+    found = record.regime.get("launches")
+    return found if isinstance(found, int) and 0 < found <= len(record.rounds or ()) else 1
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -264,10 +284,14 @@ def remeasure(cells: Iterable[Cell], rounds: int = 32) -> str:
     chosen = [c for c in cells if c.verdict in again and c.problem != SUITE and c.evidence == Evidence.MEASURED]
     if not chosen:
         return ""
-    names = dict.fromkeys(c.impl.partition(" ")[0].partition(":")[0].partition("/")[2] for c in chosen)
-    problems = dict.fromkeys(c.problem for c in chosen)
-    flags = [part for problem in problems for part in ("--problem", problem)]
-    return shlex.join(["python", "bench.py", "run", *flags, "--only", ",".join(names), "--rounds", str(rounds)])
+    commands = []
+    for how in dict.fromkeys(c.how for c in chosen):
+        mine = [c for c in chosen if c.how == how]
+        names = dict.fromkeys(c.impl.partition(" ")[0].partition(":")[0].partition("/")[2] for c in mine)
+        flags = [part for problem in dict.fromkeys(c.problem for c in mine) for part in ("--problem", problem)]
+        text = ["python", "bench.py", "run", *flags, "--only", ",".join(names), "--rounds", str(rounds), *how]
+        commands.append(shlex.join(text))
+    return " && ".join(commands)
 
 
 def explain(cells: Sequence[Cell], margin: float = 0.005, same: float = 0.02, alpha: float = 0.01) -> list[str]:

@@ -7,6 +7,7 @@ whatever the screen did.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,13 +39,25 @@ class Rule:
     alpha: float = 0.01
 
 
+def launches(cells: int, rule: Rule) -> int:
+    """Processes in which the deciding rounds of so many cells are taken: all of these must agree to reach `alpha`
+    (Holm), and here is one more. 8 for one cell, 12 for 20."""
+    return math.ceil(math.log2(max(cells, 1) / rule.alpha)) + 1
+
+
 def to_confirm(base: Sequence[Record], candidate: Sequence[Record], rule: Rule) -> list[Key]:
-    """Competitors, by problem, with a sign of a change or room for one of `detect`; each with all its calls."""
+    """Competitors, by problem, with a sign of a change or room for one of `detect`; each with all its calls. All of
+    them where the mean changed: the screen's processes may be unlucky, so fresh ones decide on it too."""
     sides = {r.cell: r.rounds for r in base if r.rounds}
     found: list[Key] = []
+    cells = compare(base, candidate, margin=rule.margin, alpha=rule.alpha)
+    moved = any(c.problem == SUITE and c.verdict in (Verdict.SLOWER, Verdict.FASTER) for c in cells)
     for record in candidate:
         other = sides.get(record.cell)
         if not record.rounds or other is None:
+            continue
+        if moved:
+            found.append((record.problem, record.impl))
             continue
         sign = statistics.screen({0: (other, record.rounds)}, rule.margin, rule.flag)
         _, low, high = statistics.ratio(record.rounds, other)
@@ -56,23 +69,24 @@ def to_confirm(base: Sequence[Record], candidate: Sequence[Record], rule: Rule) 
 def verdicts(screened: Sides, decided: Sides, rule: Rule) -> list[Cell]:
     """(base, candidate) of the screen and of the fresh rounds -> cells, worst first.
 
-    The suite's mean is judged on the screen, of all cells: a test that was planned, at `alpha` like the others. It is
-    no cell of its own where it shows nothing.
+    The suite's mean is that of all cells: where fresh rounds of all were taken, these decide on it, a test at `alpha`
+    like the others. It is no cell of its own where it shows nothing.
     """
     late, early = (compare(*sides, margin=rule.margin, alpha=rule.alpha) for sides in (decided, screened))
     final = [_seen(cell, rule) for cell in late if cell.problem != SUITE]
     done = {(cell.problem, cell.impl) for cell in final}
-    for cell in early:
-        if cell.problem == SUITE:
-            mean = _seen(cell, rule)
-            final += [mean] if mean.verdict != Verdict.INCONCLUSIVE else []
-        elif (cell.problem, cell.impl) not in done:
-            final.append(_seen(cell, rule))
-    return worst_first(final)
+    rest = [cell for cell in early if cell.problem != SUITE and (cell.problem, cell.impl) not in done]
+    final += [_seen(cell, rule) for cell in rest]
+    whole = early if any(cell.paired for cell in rest) else late
+    means = [_seen(cell, rule) for cell in whole if cell.problem == SUITE]
+    return worst_first([*final, *(mean for mean in means if mean.verdict != Verdict.INCONCLUSIVE)])
 
 
-def explain(cells: Sequence[Cell], rule: Rule, decided: int) -> list[str]:
-    """What was tested and how, and what was not compared and why."""
+def explain(cells: Sequence[Cell], rule: Rule, decided: int, launches: int = 1) -> list[str]:
+    """What was tested and how, and what was not compared and why.
+
+    Launches: processes in which the fresh rounds were taken.
+    """
     timed = [c for c in cells if c.paired and c.verdict in COMPARED and c.problem != SUITE]
     lines = [
         f"{len(timed)} cells in {rule.screen} paired rounds; {decided} of them, with a sign of a change or room for "
@@ -81,6 +95,10 @@ def explain(cells: Sequence[Cell], rule: Rule, decided: int) -> list[str]:
         f"{rule.alpha:.0%} (Holm), and {rule.alpha:.0%} for the mean of all; same: 95 % interval within ±2 %; "
         f"{Verdict.UNSEEN}: within ±{rule.detect:.0%}.",
     ]
+    if decided and launches > 1:
+        lines.append(f"The fresh rounds were taken in {launches} processes a side, and these must agree.")
+    elif decided:
+        lines.append("The fresh rounds were taken in one process a side: its luck may pass for a change (--launches).")
     effects = sorted(c.mde for c in timed if c.mde is not None)
     if effects:
         lines.append(

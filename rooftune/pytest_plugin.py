@@ -49,8 +49,7 @@ class _Labs:
 
     def __init__(self, config: pytest.Config) -> None:
         self.device = config.getoption("rooftune_device", None) or os.environ.get("ROOFTUNE_DEVICE", "auto")
-        threads = config.getoption("rooftune_threads", None) or os.environ.get("ROOFTUNE_THREADS")
-        self.threads = int(threads) if threads else None
+        self.threads: int | None = config.getoption("rooftune_threads", None)
         self.open: dict[str, Lab] = {}
 
     def find(self, impl: Impl) -> tuple[Lab, Device]:
@@ -58,10 +57,12 @@ class _Labs:
 
         Raises:
             Unavailable: no such device is here.
+            UsageError: not a number of threads that it has.
         """
         from rooftune import device
-        from rooftune.core import Unavailable
+        from rooftune.core import Unavailable, UsageError
         from rooftune.lab import Lab
+        from rooftune.session import threads_of
 
         if self.device != "auto":
             found = device.find(self.device)
@@ -73,8 +74,14 @@ class _Labs:
             found = here[0]
         name = str(found)
         if name not in self.open:
-            threads = self.threads or (found.cores if found.kind == "cpu" else 1)
-            self.open[name] = Lab(found.torch, threads, found.kind)
+            option, threads, given = "--rooftune-threads", self.threads, os.environ.get("ROOFTUNE_THREADS")
+            if threads is None and given:
+                option = "ROOFTUNE_THREADS"
+                try:
+                    threads = int(given)
+                except ValueError as error:
+                    raise UsageError(f"{option}={given}: not int; this process may use {found.cores} cores") from error
+            self.open[name] = Lab(found.torch, threads_of(found, threads, option), found.kind)
         return self.open[name], found
 
 
@@ -146,6 +153,8 @@ class _Timed:
         def run(impl: str, problem: str | Problem, config: Config | None = None, rounds: int = ROUNDS) -> Record:
             from rooftune.results import statistics
 
+            if rounds < 1:
+                end(pytest.fail, f"rounds must be positive, not {rounds}; --benchmark-disable checks only")
             record = measure(rooftune_labs, impl, problem, config, rounds if benchmark.enabled else 0, end)
             benchmark.group = benchmark.group or record.problem
             benchmark.extra_info["rooftune"] = record.to_json()

@@ -249,9 +249,7 @@ def run_rounds(
     lab: Lab, problem: Problem, runners: Sequence[Entrant], options: Options, seen: set[Any], event: Event
 ) -> None:
     """All rounds of everyone, with fresh processes for every launch after the first."""
-    share = [options.rounds // options.launches] * options.launches
-    share[-1] += options.rounds - sum(share)
-    for launch, rounds in enumerate(share):
+    for launch, rounds in enumerate(statistics.shares(options.rounds, options.launches)):
         if launch:
             for entrant in runners:
                 lab.retire(entrant.impl)

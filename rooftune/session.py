@@ -34,6 +34,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def threads_of(where: device.Device, asked: int | None, option: str = "--threads") -> int:
+    """Threads of a competitor: those asked for, else one for each core of a CPU.
+
+    Raises:
+        UsageError: none, or more than there are cores.
+    """
+    if asked is not None and asked <= 0:
+        raise UsageError(f"{option} must be positive, not {asked}; this process may use {where.cores} cores")
+    threads = asked or (where.cores if where.kind == "cpu" else 1)
+    if where.kind == "cpu" and threads > where.cores:
+        raise UsageError(f"{option} {threads}: this process may use {where.cores} cores")
+    return threads
+
+
 class Session:
     """Context manager around a Lab and a run file. Every record is on disk as soon as it exists."""
 
@@ -46,13 +60,7 @@ class Session:
         path: Path | None = None,
     ) -> None:
         self.device = device.find(device_name)
-        if threads is not None and threads <= 0:
-            raise UsageError(
-                f"--threads must be positive, not {threads}; this process may use {self.device.cores} cores"
-            )
-        self.threads = threads or (self.device.cores if self.device.kind == "cpu" else 1)
-        if self.device.kind == "cpu" and self.threads > self.device.cores:
-            raise UsageError(f"--threads {self.threads}: this process may use {self.device.cores} cores")
+        self.threads = threads_of(self.device, threads)
         self.fingerprint = self.device.fingerprint()
         identity = device.identity(self.fingerprint)
         self.about: dict[str, Any] = {"name": self.device.name, "kind": self.device.kind, "identity": identity}

@@ -147,8 +147,9 @@ def options(chosen: argparse.Namespace) -> race.Options:
     for name in ("rounds", "launches", "samples", "min_sample_ms"):
         if not 0 < getattr(chosen, name) < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, not {getattr(chosen, name)}")
-    if chosen.launches > chosen.rounds:
-        raise UsageError(f"--launches {chosen.launches} needs at least as many --rounds ({chosen.rounds})")
+    shared = "confirm" if hasattr(chosen, "confirm") else "rounds"  # of two revisions, the screen is one launch
+    if chosen.launches > getattr(chosen, shared):
+        raise UsageError(f"--launches {chosen.launches} needs at least as many --{shared} ({getattr(chosen, shared)})")
     if chosen.clock == "cpu" and chosen.threads != 1:
         raise UsageError("--clock cpu counts the CPU time of the whole process: it needs --threads 1")
     return race.Options(

@@ -44,12 +44,12 @@ def compare(chosen: argparse.Namespace) -> ExitCode:
         ]
         names = " against ".join(side.name for side in sides[::-1])
         lone = _lone(chosen, sides)
-        cells, decided = _duel(chosen, sides, rule, timing, lambda pair: chosen.every or _changed(pair))
+        cells, lines = _duel(chosen, sides, rule, timing, lambda pair: chosen.every or _changed(pair))
     if not cells:
         text = "; ".join(("no competitor that both have changed", *lone))
         common.console(chosen).print(f"{names}: {text}", markup=False)
         return ExitCode.OK
-    _show(chosen, cells, f"{names} (ratio above 1: slower now)", [*duel.explain(cells, rule, decided), *lone])
+    _show(chosen, cells, f"{names} (ratio above 1: slower now)", [*lines, *lone])
     return gate(cells, judge.undecided(chosen))
 
 
@@ -65,10 +65,10 @@ def selfcheck(chosen: argparse.Namespace) -> ExitCode:
         files = [registry.user_impl(Path(path)).path for path in chosen.load]
         again = [revisions.copy_file(path, twin / str(i)) for i, path in enumerate(files)]
         sides = [Side(WORKING_TREE, None, files), Side("itself", twin, again)]
-        cells, decided = _duel(chosen, sides, rule, timing, lambda pair: True)
+        cells, lines = _duel(chosen, sides, rule, timing, lambda pair: True)
     if not cells:
         raise UsageError("no competitor of these problems runs here; next: bench.py list")
-    _show(chosen, cells, "Everything against itself", duel.explain(cells, rule, decided))
+    _show(chosen, cells, "Everything against itself", lines)
     alarms = [c for c in cells if c.verdict in (Verdict.SLOWER, Verdict.FASTER)]
     timed = sum(c.ratio is not None for c in cells if c.problem != SUITE)
     most = 4 * rule.alpha  # slower and faster, cells and their mean
@@ -108,8 +108,8 @@ def _duel(
     rule: Rule,
     timing: race.Options,
     wanted: Callable[[Pair], bool],
-) -> tuple[list[Cell], int]:
-    """The cells, and how many of them fresh rounds decided."""
+) -> tuple[list[Cell], list[str]]:
+    """The cells, and what is to be said about how they were judged."""
     name = common.device_name(chosen)
     loaded = common.users(chosen)
     problems = common.problems(chosen, name.partition(":")[0], loaded)
@@ -118,7 +118,7 @@ def _duel(
     pairs = {op: [p for p in _pairs(chosen, op, sides, loaded) if wanted(p)] for op in {p.op for p in problems}}
     problems = [p for p in problems if pairs[p.op]]
     if not problems:
-        return [], 0
+        return [], []
     path = store.new_run_path(chosen.verb)
     path = path.parent / "revisions" / path.name  # no run that `latest` may name
     with Session(chosen.verb, name, chosen.threads, chosen.quiet, path) as session:
@@ -127,12 +127,14 @@ def _duel(
         keys = duel.to_confirm(*screened, rule)
         again = {p: [pair for pair in pairs[p.op] if (str(p), pair[1].key) in keys] for p in problems}
         again = {p: some for p, some in again.items() if some}
-        confirm = replace(timing, rounds=rule.confirm, thorough=False)
+        count = sum((r.problem, r.impl) in keys for r in screened[1])
+        launches = max(timing.launches, duel.launches(count, rule)) if timing.launches > 1 else 1
+        confirm = replace(timing, rounds=max(rule.confirm, launches), launches=launches, thorough=False)
         decided = _rounds(session, again, confirm, sides)
         session.clear()
         cells = duel.verdicts(screened, decided, rule)
-        common.console(chosen).print(f"records: {session.path}", style="dim", markup=False)
-    return cells, len(keys)
+        common.console(chosen).print(f"records: {session.path}", style="dim", markup=False, highlight=False)
+    return cells, duel.explain(cells, rule, len(keys), launches)
 
 
 def _known(op: str, side: Side) -> dict[str, Impl]:

@@ -65,6 +65,36 @@ def test_a_lone_outlier_is_clipped_and_a_step_is_not() -> None:
     assert list(changes.clipped([5.0])) == [5.0]
 
 
+def test_outliers_are_three_deviations_away_at_the_end_too() -> None:
+    """Of 0, 1, -1, 0 the median absolute deviation is 1, a normal distribution's deviation 1.48."""
+    assert changes.clipped([-1.0, 0.0, 4.4, 1.0, 0.0])[2] == 4.4
+    assert changes.clipped([-1.0, 0.0, 4.5, 1.0, 0.0])[2] == 0.0
+    assert list(changes.clipped([0.0, 0.01, -0.01, 1.0, 1.0])[3:]) == [0.01, 0.01]  # two of five are not the rule
+
+
+def test_what_is_taken_back_is_the_weakest_change_not_the_strong_one_beside_it() -> None:
+    rng = np.random.default_rng(8)
+    values = np.concatenate([rng.normal(mean, 0.01, n) for mean, n in ((0.0, 30), (0.013, 25), (0.06, 30))])
+    (found,) = changes.changes(values)
+    assert found.at == 54
+    assert found.ratio == pytest.approx(math.exp(0.06 - 0.006), rel=0.02)
+
+
+def test_the_smallest_change_is_taken_back_where_all_are_significant() -> None:
+    quiet = np.tile([-0.001, 0.001], 20)
+    values = np.concatenate([quiet, quiet + 0.01, quiet + 0.06])
+    assert [c.at for c in changes.changes(values, least=0.005)] == [40, 80]
+    assert [c.at for c in changes.changes(values)] == [80]
+    assert [c.at for c in changes.changes(-values)] == [80]
+    assert changes.changes(np.repeat([0.0, 0.1], 4))[0].p == 0.0  # no noise at all
+
+
+@pytest.mark.parametrize(("n", "cut"), [(3, None), (4, 2)])
+def test_either_side_of_a_cut_has_two_values(n: int, cut: int | None) -> None:
+    assert changes._best_cut(np.array([0.0, 0.1, 5.0, 5.1][:n])) == cut
+    assert changes.t_test(np.zeros(3), np.ones(1)) == 1.0
+
+
 # --- simulated histories ---
 
 

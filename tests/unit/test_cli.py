@@ -50,6 +50,7 @@ BAD = {
     "rounds of stored runs": (["compare", "a", "b", "--rounds", "9"], "--rounds is about racing"),
     "a candidate without a base": (["compare", "--cand", "HEAD"], "--cand needs --base"),
     "too few deciding rounds": (["selfcheck", "--confirm", "3"], "--confirm must be 6 or more, not 3"),
+    "more launches than deciding rounds": (["selfcheck", "--launches", "9", "--confirm", "8"], "as many --confirm (8)"),
     "a margin that is none": (["compare", "--base", "HEAD", "--margin", "-1"], "--margin is in percent"),
     "no such model": (["block", "--model", "gpt5"], "gpt5"),
     "cpu clock of many threads": (["run", "softmax", "--clock", "cpu", "--threads", "2"], "--threads 1"),

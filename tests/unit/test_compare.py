@@ -98,6 +98,20 @@ def test_paired_rounds_decide(how: dict[str, Any], mean: float, verdict: Verdict
     assert gate([cell]) == code
 
 
+@pytest.mark.parametrize("mean", [0.2, -0.2])
+def test_beyond_five_per_cent_but_within_the_interval_is_undecided(mean: float) -> None:
+    wide = np.exp(mean + np.array([[-0.6], [-0.4], [-0.2], [0.0], [0.2], [0.4], [0.6]]))
+    sides = [record(n=7, rounds=(1e-3 * scale).tolist()) for scale in (wide / np.exp(mean), wide)]
+    cell = only(compare([sides[0]], [replace(sides[1], run="two")]))
+    assert cell.ratio == pytest.approx(math.exp(mean))
+    assert (cell.verdict, cell.reason) == (Verdict.INCONCLUSIVE, "the interval is too wide")
+
+
+def test_records_that_name_no_run_are_not_of_one_session() -> None:
+    (cell,) = compare([record(run="")], [later(mean=0.2, run="")])
+    assert (cell.verdict, cell.paired) == (Verdict.SUSPECT_SLOWER, False)
+
+
 def test_rounds_that_do_not_pair_fall_back_and_say_so() -> None:
     cell = only(compare([record()], [later(mean=0.1, run="one", n=11)]))
     assert cell.verdict == Verdict.SUSPECT_SLOWER
@@ -260,6 +274,27 @@ def test_explanation_and_command() -> None:
     assert "Smallest change found with 95 % power" in paired
     few = "\n".join(explain(compare([record(n=6)], [record(n=6)])))
     assert "1 of the paired cells have too few rounds" in few
+
+
+@pytest.mark.parametrize(("launches", "verdict"), [(1, Verdict.SLOWER), (4, Verdict.INCONCLUSIVE)])
+def test_the_rounds_of_a_process_are_one_witness_in_cells_and_in_their_mean(launches: int, verdict: Verdict) -> None:
+    """Three of four processes are 5 % slower, the fourth is faster: 12 of 16 rounds are much, or one quarter is not."""
+    how = {"run": "", "regime": {"session": "one", "launches": launches}}
+    slow = [[1e-3 * (1.05 + i / 1000)] for i in range(12)] + [[1e-3 * (0.99 + i / 1000)] for i in range(4)]
+    base = [record(name, rounds=[[1e-3]] * 16, **how) for name in "ab"]
+    cells = compare(base, [record(name, rounds=slow, **how) for name in "ab"])
+    assert [c.problem == SUITE for c in cells].count(True) == 1
+    assert {c.verdict for c in cells} == {verdict}
+
+
+def test_what_measures_again_times_it_the_same_way() -> None:
+    """With other threads or another cache the new run would be incomparable; beside a GPU, it would run there."""
+    about = {"name": "Example 9000", "kind": "cpu", "identity": IDENTITY}
+    cold = {"device": about, "regime": {"clock": "cpu", "cache": "cold", "threads": 1}}
+    cells = compare([record("a"), record("b", **cold)], [later("a", 0.2), later("b", 0.3, **cold)])
+    plain = "python bench.py run --problem 'softmax[m=8,n=500,fp32]' --only {} --rounds 32"
+    again = plain.format("b") + " --cache cold --clock cpu --device cpu --threads 1"
+    assert remeasure(cells) == f"{again} && {plain.format('a')}"
 
 
 def test_false_alarms_of_many_unchanged_paired_cells() -> None:

@@ -68,10 +68,56 @@ def test_what_fresh_rounds_say(mean: float, spread: float, verdict: Verdict, cod
 
 
 def test_quiet_cells_cost_no_more_rounds() -> None:
-    quiet = {"a": (0.0, 0.002, 0.002), "b": (0.0, 0.003, 0.003)}
-    slow, noisy = {"slow": (0.03, 0.002, 0.002)}, {"noisy": (0.0, 0.2, 0.2)}
-    found = duel.to_confirm(*sides("screen", 8, quiet | slow | noisy), RULE)
-    assert [name for _, name in found] == ["softmax/slow", "softmax/noisy"]
+    quiet = dict.fromkeys("abcdef", (0.0, 0.002, 0.002))
+    slow, loud = {"slow": (0.03, 0.002, 0.002)}, {"loud": (0.0, 0.2, 0.2)}
+    found = duel.to_confirm(*sides("screen", 8, quiet | slow | loud), RULE)
+    assert [name for _, name in found] == ["softmax/slow", "softmax/loud"]
+
+
+def test_all_cells_are_confirmed_where_their_mean_changed() -> None:
+    some = {"a": (0.0, 0.001, 0.001), "b": (0.03, 0.001, 0.001), "c": (0.03, 0.001, 0.001)}
+    screened = sides("screen", 8, some)
+    assert [name for _, name in duel.to_confirm(*screened, RULE)] == ["softmax/a", "softmax/b", "softmax/c"]
+    fresh = sides("decide", 32, dict.fromkeys(some, (0.0, 0.001, 0.001)))
+    assert [(c.problem == SUITE, c.verdict) for c in duel.verdicts(screened, fresh, RULE) if c.problem == SUITE] == [
+        (True, Verdict.SAME)
+    ]
+
+
+def lucky(launches: int, cells: int, mean: float, rng: np.random.Generator) -> list[Verdict]:
+    """One comparison where every process of either side has 1 % of luck, and rounds in it agree within 0.3 %."""
+
+    def side(count: int, rounds: int, processes: int, mean: float) -> list[Record]:
+        luck = [
+            np.repeat(rng.normal(mean, 0.01, processes), statistics.shares(rounds, processes)) for _ in range(count)
+        ]
+        times = [1e-3 * np.exp(one + rng.normal(0, 0.003, rounds)) for one in luck]
+        regime = {"session": f"s:{rounds}", "launches": processes}
+        return [
+            _record(f"k{i}", "", rounds=t[:, None].tolist(), time_s=1e-3, regime=regime) for i, t in enumerate(times)
+        ]
+
+    screened = side(cells, RULE.screen, 1, 0.0), side(cells, RULE.screen, 1, mean)
+    keys = {name for _, name in duel.to_confirm(*screened, RULE)}
+    fresh = side(cells, RULE.confirm, launches, 0.0), side(cells, RULE.confirm, launches, mean)
+    decided = tuple([record for record in run if record.impl in keys] for run in fresh)
+    return [c.verdict for c in duel.verdicts(screened, (decided[0], decided[1]), RULE)]
+
+
+def test_a_process_that_is_unlucky_as_a_whole_is_no_change() -> None:
+    """40 comparisons of 10 equal cells; with two processes a side, whose rounds all count, half of them are red."""
+    rng, many = np.random.default_rng(3), duel.launches(10, RULE)
+    red = sum(Verdict.SLOWER in lucky(many, 10, 0.0, rng) for _ in range(40))
+    assert red <= 2
+    found = [lucky(many, 10, 0.06, rng).count(Verdict.SLOWER) for _ in range(5)]
+    assert min(found) >= 9
+
+
+@pytest.mark.parametrize(("cells", "launches"), [(0, 8), (1, 8), (2, 9), (20, 12)])
+def test_processes_suffice_for_the_chance_of_a_false_alarm(cells: int, launches: int) -> None:
+    """All but one of them agreeing reach the smallest level that Holm asks of one of so many cells."""
+    assert duel.launches(cells, RULE) == launches
+    assert statistics.signed_rank_p([1.0] * (launches - 1)) <= RULE.alpha / max(cells, 1)
 
 
 def test_a_competitor_is_confirmed_with_all_its_calls() -> None:

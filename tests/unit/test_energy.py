@@ -229,6 +229,53 @@ def test_a_meter_of_power_alone_is_integrated() -> None:
     assert metering.measure(meter, meter.work, meter).code == "counter-frozen"
 
 
+def test_the_integral_of_a_power_that_rises_is_exact_by_trapezoids() -> None:
+    """Looks are 0.1 s apart: rectangles would be off by 5 J in each of them."""
+    meter = Meter()
+    meter.method = "instant-integral"
+    meter.joules = lambda: None  # type: ignore[method-assign]
+    meter.watts = lambda: 100 + 1000 * meter.t  # type: ignore[method-assign]
+
+    def work() -> int:
+        meter._pass(0.1, 0.0)
+        return 1
+
+    found = metering.window(meter, meter, work, at_least_s=1.0)
+    start, end = meter.t - found.seconds, meter.t
+    assert found.joules == pytest.approx(100 * found.seconds + 500 * (end**2 - start**2), rel=1e-9)
+    assert found.ticks == found.calls  # a reading that differs from the one before
+    meter.watts = lambda: 100.0  # type: ignore[method-assign]
+    assert metering.window(meter, meter, work, at_least_s=1.0).ticks == 0
+
+
+def test_the_longest_gap_between_two_looks_is_the_windows_jitter() -> None:
+    meter, done = Meter(), []
+
+    def work() -> int:
+        done.append(1)
+        meter._pass(0.04 if len(done) == 100 else 0.004, meter.load_w)
+        return 2
+
+    found = metering.window(meter, meter, work, at_least_s=1.0)
+    assert found.calls > 200
+    assert found.jitter_s == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(("tick_s", "seconds"), [(0.01, 1.0), (0.05, 2.5), (0.1, 4.0)])
+def test_a_window_holds_fifty_ticks_or_is_four_times_as_long(tick_s: float, seconds: float) -> None:
+    meter = Meter(tick_s)
+    found = metering.window(meter, meter, meter.work, at_least_s=1.0)
+    assert found.seconds == pytest.approx(seconds, abs=0.02)
+    assert found.joules == pytest.approx(found.seconds * meter.load_w, rel=0.01)
+
+
+def test_a_counter_that_falls_once_and_goes_on_is_not_believed() -> None:
+    meter = Meter()
+    meter.joules = lambda: meter.shown - (10.0 if meter.t > 1.05 else 0.0) - (60.0 if meter.t > 1.15 else 0.0)  # type: ignore[method-assign]
+    with pytest.raises(Unavailable, match="ran backwards"):
+        metering.window(meter, meter, meter.work, at_least_s=2.0)
+
+
 def test_the_interval_covers() -> None:
     """Eight windows with 1 % noise: the 95 % interval holds the truth in about 95 % of 400 trials."""
     rng = random.Random(3)
@@ -285,6 +332,36 @@ def test_the_gpu_load_keeps_a_slice_queued(monkeypatch: pytest.MonkeyPatch) -> N
     done = sum(work() for _ in range(10))
     assert done == waited[0] == 50  # 5 ms slices of 1 ms calls
     assert set(log) == {5}
+
+
+def test_the_interval_of_few_windows_is_students() -> None:
+    """Two windows, one degree of freedom: 12.71 standard errors; three, two degrees: 4.303."""
+    found = [metering.Window(joules, 1.0, 1, 50, 0.0) for joules in (99.0, 101.0, 100.0)]
+    assert metering.summarise(found[:2], Meter(), None).u95_rel == pytest.approx(12.71 * math.sqrt(2 / 2) / 100)
+    assert metering.summarise(found, Meter(), None).u95_rel == pytest.approx(4.303 / math.sqrt(3) / 100)
+    still = [*found, metering.Window(0.0, 1.0, 1, 0, 0.0)]
+    assert metering.summarise(still, Meter(), None).code == "counter-frozen"
+
+
+def test_the_first_window_opens_when_the_load_has_run_for_a_while() -> None:
+    meter, began = Meter(), []
+
+    def settling() -> int:
+        began.append(meter.t)
+        meter._pass(4e-3, 1000.0 if meter.t - began[0] < 2.5 else 500.0)
+        return 2
+
+    assert metering.measure(meter, settling, meter, windows=1, window_s=1.0).value == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_load_that_draws_no_more_than_idling_has_no_net_figure() -> None:
+    found = metering.summarise([metering.Window(500.0, 1.0, 500, 50, 0.0)] * 2, Meter(), (500.0, 501.0))
+    assert (found.net, found.net_reason) == (None, "the load draws no more than the idle device")
+
+
+def test_the_ticks_are_those_of_the_window_with_the_fewest() -> None:
+    found = metering.summarise([metering.Window(9.0, 1.0, 9, ticks, 0.0) for ticks in (60, 50, 70)], Meter(), None)
+    assert found.ticks == 50
 
 
 def test_rare_looks_at_the_counter_widen_the_interval() -> None:

@@ -38,6 +38,8 @@ def test_distance_counts_factors_of_two_and_never_crosses_flags() -> None:
     assert distance(problem(64), problem(128)) == 1
     assert distance(problem(64, 64), problem(128, 32)) == pytest.approx(2**0.5)
     assert distance(problem(64), registry.problem("softmax[m=64,n=64,bf16]")) == float("inf")
+    plain, causal = (registry.problem(f"attention[b=1,h=1,sq=64,d=64{flag}]") for flag in ("", ",causal"))
+    assert distance(plain, causal) == float("inf")
 
 
 def test_a_config_that_wins_everywhere_is_carried_to_shapes_in_between() -> None:
@@ -49,8 +51,34 @@ def test_a_config_that_wins_everywhere_is_carried_to_shapes_in_between() -> None
     config, why = rule.choose(problem(300))
     assert config == WIDE
     assert "tuned at softmax[m=64,n=256,fp32]" in why
+    assert rule.radius == 1  # the smallest of those that lose nothing
+    assert rule.choose(problem(4096))[0] == WIDE  # as far as that
+    assert rule.choose(problem(4100))[0] is None
     assert rule.choose(problem(100_000))[0] is None
     assert "expected regret 0.0% (worst 0.0%), falls back to the default on 0%; used" in told(rule)
+
+
+def test_the_gain_is_the_smallest_and_the_regret_is_of_the_best_that_was_seen() -> None:
+    rule = fit("softmax/numba", [shape(n, WIDE, 0.8 if n == 512 else 0.7, 0.75) for n in (128, 256, 512, 1024)])
+    assert rule is not None
+    assert rule.gain == pytest.approx(1 / 0.8)
+    assert (rule.worst, rule.regret) == pytest.approx((0.8 / 0.75 - 1, (0.8 / 0.75 - 1) / 4))
+    assert Shape(problem(64), DEFAULT, DEFAULT, {}).best == 1  # the default's own
+
+
+def test_where_the_nearest_shape_stays_with_the_default_so_does_the_rule() -> None:
+    rule = Rule("softmax/numba", 2.0, ((str(problem(128)), WIDE), (str(problem(512)), None)), 0, 0, 0, 0, 1.3)
+    assert rule.choose(problem(150)) == (
+        WIDE,
+        f"tuned at {problem(128)}; on held-out shapes this rule gained at least 1.30x",
+    )
+    assert rule.choose(problem(500)) == (None, f"the default is not beaten at the nearest tuned shape, {problem(512)}")
+
+
+def test_a_neighbour_that_stays_with_its_default_says_nothing_about_another_default() -> None:
+    stays = [shape(n, DEFAULT, 0.9) for n in (128, 512)]
+    held = Shape(problem(256), WIDE, WIDE, {})
+    assert nearest._pick(held, stays, 4.0) == WIDE
 
 
 def test_where_neighbours_disagree_the_default_stays() -> None:
@@ -80,6 +108,7 @@ def test_what_was_not_measured_is_not_claimed_and_what_fails_is_the_default() ->
     rule = fit("softmax/numba", [*shapes, unknown])
     assert rule is not None
     assert rule.slower > 0
+    assert rule.radius == 0
     failed = Shape(problem(1024), DEFAULT, DEFAULT, {canonical(DEFAULT): 1.0}, frozenset({canonical(WIDE)}))
     rule = fit("softmax/numba", [*shapes, failed])
     assert rule is not None
@@ -96,6 +125,7 @@ def test_rules_are_kept_beside_the_table_and_expire_with_their_key(tmp_path: Pat
     assert table.neighbour(NUMBA, problem(300), HERE, 1).config == WIDE
     assert table.neighbour(NUMBA, problem(300), HERE, 1).gain == pytest.approx(1 / 0.7)
     assert table.neighbour(NUMBA, problem(300), HERE, 2).config is None
+    assert rule_key(NUMBA, HERE, 1)["source_hash"] == NUMBA.source_hash
     assert table.neighbour(NUMBA, problem(300), {**HERE, "name": "other"}, 1).config is None
     assert table.neighbour(NUMBA, registry.problem("softmax[m=64,n=256,bf16]"), HERE, 1).config is None
     worse = Rule(**{**vars(rule), "slower": 0.5})

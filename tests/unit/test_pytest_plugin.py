@@ -93,6 +93,30 @@ def test_disabled_it_only_checks(tmp_path):
     assert "was not used" not in output
 
 
+@pytest.mark.parametrize(
+    ("argument", "variable", "words"),
+    [
+        ("--rooftune-threads=0", "1", "Failed: --rooftune-threads must be positive, not 0"),
+        ("--rooftune-threads=9999", "1", "Failed: --rooftune-threads 9999: this process may use "),
+        ("-q", "two", "Failed: ROOFTUNE_THREADS=two: not int; this process may use "),
+    ],
+)
+def test_threads_that_are_none_are_refused(tmp_path, monkeypatch, argument, variable, words):
+    monkeypatch.setenv("ROOFTUNE_THREADS", variable)
+    output = pytest_run(tmp_path, argument, "-k", "right", benchmark=False)
+    assert f"FAILED test_it.py::test_right - {words}" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.skipif(not BENCHMARK, reason="pytest-benchmark not installed")
+def test_no_rounds_are_no_time_of_zero(tmp_path):
+    call = 'kernel_benchmark("softmax/torch", "softmax[m=4,n=300,fp32]", rounds=0)'
+    (tmp_path / "test_none.py").write_text(f"def test_none(kernel_benchmark):\n    {call}\n")
+    output = pytest_run(tmp_path, "test_none.py", "-k", "none")
+    assert "Failed: rounds must be positive, not 0" in output
+    assert "1 failed" in output
+
+
 def test_without_pytest_benchmark_it_only_checks(tmp_path):
     output = pytest_run(tmp_path, "-k", "right or wrong", benchmark=False)
     assert "1 failed, 1 passed, 3 deselected" in output

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from rooftune import registry, revisions
+from rooftune.bench import parser
+from rooftune.commands import common
 from rooftune.core import ExitCode, Status, UsageError
 from rooftune.lab import Lab
 from rooftune.results import store
@@ -134,6 +136,11 @@ def test_a_worker_runs_the_kernels_of_its_home(tmp_path: Path) -> None:
             for impl in (old, registry.impl("softmax/torch"))
         ]
     assert found == [Status.WRONG, Status.OK]
+
+
+def test_launches_share_the_deciding_rounds_not_those_of_the_screen() -> None:
+    chosen = parser().parse_args(["compare", "--base", "HEAD", "--rounds", "8", "--launches", "16"])
+    assert common.options(chosen).launches == 16
 
 
 @NEEDS_TORCH

@@ -69,6 +69,28 @@ def test_rank_sum_equals_scipy(m: int, n: int) -> None:
         assert S._rank_sum_sf(m, n)[u] == pytest.approx(expected, abs=1e-12)
 
 
+def test_of_many_rounds_the_normal_distribution_gives_the_exact_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    normal = S._rank_sum_sf(101, 100)
+    monkeypatch.setattr(S, "EXACT", 101 * 100)
+    S._rank_sum_sf.cache_clear()
+    exact = S._rank_sum_sf(101, 100)
+    S._rank_sum_sf.cache_clear()
+    assert len(normal) == len(exact)
+    assert not np.array_equal(normal, exact)
+    assert np.abs(normal - exact).max() < 5e-4
+    assert np.flatnonzero(normal <= 0.025)[0] == np.flatnonzero(exact <= 0.025)[0]
+
+
+def test_two_sessions_of_a_thousand_rounds_are_compared() -> None:
+    """The exact distribution of a million pairs would take 8 GB."""
+    rng = np.random.default_rng(5)
+    a, b = (np.exp(rng.normal(mean, 0.01, (1000, 1))).tolist() for mean in (0.02, 0.0))
+    value, low, high = S.unpaired_ratio(a, b)
+    assert low is not None
+    assert high is not None
+    assert 1.017 < low < value < high < 1.024
+
+
 def test_estimates_are_medians_of_pairs() -> None:
     assert S.hodges_lehmann([1.0, 2.0, 6.0])[0] == 2.75  # of 1, 1.5, 2, 3.5, 4, 6
     assert S.hodges_lehmann_shift([1.0, 5.0], [0.0, 1.0])[0] == 2.5  # of 0, 1, 4, 5
@@ -161,6 +183,7 @@ def test_tie_set() -> None:
 
 def test_holm_against_its_definition() -> None:
     assert S.holm([0.01, 0.04, 0.03, 0.005], 0.05) == [True, False, False, True]
+    assert S.holm([0.045, 0.02, 0.005, 0.015], 0.05) == [True] * 4  # by Bonferroni only one
     assert S.holm([], 0.05) == []
     assert S.holm([math.nan], 0.05) == [False]
 
@@ -225,6 +248,38 @@ def test_verdicts() -> None:
     assert found["inconclusive"].mde is None
     lost = S.decide({0: ([[]], [[1.0]])})[0]
     assert (lost.verdict, lost.ratio, lost.rounds) == ("inconclusive", None, 0)
+
+
+def test_rounds_are_shared_evenly() -> None:
+    assert S.shares(32, 8) == [4] * 8
+    assert S.shares(10, 3) == [4, 3, 3]
+    assert S.shares(5, 1) == [5]
+
+
+def test_launches_that_do_not_agree_decide_nothing() -> None:
+    """16 rounds, of which four of each of three processes are 5 % slower, and those of the fourth faster."""
+    base = [[1.0]] * 16
+    luck = [[1.05 + i / 1000] for i in range(12)] + [[0.95 + i / 1000] for i in range(4)]
+    shown = S.launch_logs(luck, [*base[:15], []], 4)  # a lost round takes its partner out
+    assert np.exp(shown) == pytest.approx([1.0515, 1.0555, 1.0595, 0.951], abs=1e-5)
+    mostly = [*luck[:12], *([0.99 + i / 1000] for i in range(4))]
+    assert S.decide({0: (base, mostly)}, alpha=0.05)[0].verdict == "slower"
+    assert S.decide({0: (base, mostly)}, alpha=0.05, launches={0: 4})[0].verdict == "inconclusive"
+    slow = [[1.05 + i / 1000] for i in range(16)]
+    assert S.decide({0: (base, slow)}, launches={0: 8})[0].verdict == "slower"
+    quick = S.decide({0: (slow, base)}, launches={0: 8})[0]
+    assert (quick.verdict, quick.p) == ("faster", 1 / 256)
+    few = S.decide({0: (base, slow)}, launches={0: 4})[0]  # not even all of four are significant
+    assert (few.verdict, few.p, few.mde) == ("inconclusive", 1 / 16, None)
+
+
+def test_among_many_cells_only_a_larger_change_is_found() -> None:
+    rng = np.random.default_rng(4)
+    pair = rounds(rng, 32), rounds(rng, 32)
+    alone, among = (S.decide(dict.fromkeys(range(n), pair))[0].mde for n in (1, 20))
+    assert alone is not None
+    assert among is not None
+    assert among > 1.1 * alone
 
 
 def test_screen_flags_what_is_worth_confirming() -> None:

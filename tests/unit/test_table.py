@@ -68,6 +68,15 @@ def test_the_same_key_is_replaced_and_others_stay(table: Table) -> None:
     assert [(e.threads, e.speedup) for e in table.entries()] == [(2, 2.0), (1, 3.0)]
 
 
+def test_of_several_that_fit_the_newest_answers_and_gives_the_reason(table: Table) -> None:
+    for threads, day in ((1, 1e9), (2, 3e9), (3, 2e9)):
+        table.put(entry(threads=threads, unix_time=day))
+    found = table.lookup(IMPL, PROBLEM, HERE).entry
+    assert found is not None
+    assert found.threads == 2
+    assert table.lookup(IMPL, PROBLEM, HERE, 4).why == "a tuned entry is not used: tuned with 2 threads, not 4"
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
