@@ -11,9 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from rooftune.results import statistics
 from rooftune.results.compare import COMPARED, SUITE, Cell, Verdict, compare, not_compared, worst_first
 from rooftune.results.record import Record
+from rooftune.results.statistics import Rounds
 
 Key = tuple[str, str]  # problem, competitor
 Sides = tuple[Sequence[Record], Sequence[Record]]  # base, candidate
@@ -50,13 +53,12 @@ def to_confirm(base: Sequence[Record], candidate: Sequence[Record], rule: Rule) 
     them where the mean changed: the screen's processes may be unlucky, so fresh ones decide on it too."""
     sides = {r.cell: r.rounds for r in base if r.rounds}
     found: list[Key] = []
-    cells = compare(base, candidate, margin=rule.margin, alpha=rule.alpha)
-    moved = any(c.problem == SUITE and c.verdict in (Verdict.SLOWER, Verdict.FASTER) for c in cells)
+    all_of_them = moved(base, candidate, rule)
     for record in candidate:
         other = sides.get(record.cell)
         if not record.rounds or other is None:
             continue
-        if moved:
+        if all_of_them:
             found.append((record.problem, record.impl))
             continue
         sign = statistics.screen({0: (other, record.rounds)}, rule.margin, rule.flag)
@@ -64,6 +66,27 @@ def to_confirm(base: Sequence[Record], candidate: Sequence[Record], rule: Rule) 
         if sign or not _within(low, high, rule):
             found.append((record.problem, record.impl))
     return list(dict.fromkeys(found))
+
+
+def moved(base: Sequence[Record], candidate: Sequence[Record], rule: Rule) -> bool:
+    """Whether the mean of all cells changed in the screen."""
+    cells = compare(base, candidate, margin=rule.margin, alpha=rule.alpha)
+    return any(c.problem == SUITE and c.verdict in (Verdict.SLOWER, Verdict.FASTER) for c in cells)
+
+
+def hopeless(base: Rounds, candidate: Rounds, done: int, launches: int, alpha: float, rule: Rule) -> bool:
+    """Whether a cell can be neither slower nor faster at `alpha` any more, were all launches to come to agree.
+
+    Processes that are started for nothing are most of what a gate costs: of unchanged cells, whose launches rarely lie
+    beyond the margin on one side, most are known after 2 or 3 of 12.
+    """
+    logs = statistics.launch_logs(candidate, base, done)
+    for toward in (logs, -logs):
+        beyond = toward - math.log1p(rule.margin)
+        agreeing = np.full(launches - done, 1 + np.abs(beyond).max(initial=0.0))
+        if statistics.signed_rank_p(np.concatenate([beyond, agreeing])) <= alpha:
+            return False
+    return True
 
 
 def verdicts(screened: Sides, decided: Sides, rule: Rule) -> list[Cell]:
@@ -96,7 +119,10 @@ def explain(cells: Sequence[Cell], rule: Rule, decided: int, launches: int = 1) 
         f"{Verdict.UNSEEN}: within ±{rule.detect:.0%}.",
     ]
     if decided and launches > 1:
-        lines.append(f"The fresh rounds were taken in {launches} processes a side, and these must agree.")
+        lines.append(
+            f"The fresh rounds were taken in up to {launches} processes a side, which must agree; in no more once they "
+            "did not."
+        )
     elif decided:
         lines.append("The fresh rounds were taken in one process a side: its luck may pass for a change (--launches).")
     effects = sorted(c.mde for c in timed if c.mde is not None)

@@ -13,7 +13,7 @@ from rooftune import locks, race, registry, revisions
 from rooftune.commands import common, judge
 from rooftune.core import ExitCode, Problem, Status, UsageError
 from rooftune.registry import Impl
-from rooftune.results import duel, store
+from rooftune.results import duel, statistics, store
 from rooftune.results.compare import SUITE, Cell, Verdict, gate
 from rooftune.results.duel import Rule
 from rooftune.results.record import Record
@@ -22,6 +22,7 @@ from rooftune.session import Session
 WORKING_TREE = "the working tree"
 Pair = tuple[Impl, Impl]  # base, candidate
 Runs = tuple[list[Record], list[Record]]
+Settled = Callable[[Sequence[Sequence[race.Entrant]], int], bool]  # both sides' entrants, launches so far
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _duel(
         count = sum((r.problem, r.impl) in keys for r in screened[1])
         launches = max(timing.launches, duel.launches(count, rule)) if timing.launches > 1 else 1
         confirm = replace(timing, rounds=max(rule.confirm, launches), launches=launches, thorough=False)
-        decided = _rounds(session, again, confirm, sides)
+        whole = duel.moved(*screened, rule)  # the mean of all needs all launches of all
+        decided = _rounds(session, again, confirm, sides, _never if whole else _settled(rule, count, launches))
         session.clear()
         cells = duel.verdicts(screened, decided, rule)
         common.console(chosen).print(f"records: {session.path}", style="dim", markup=False, highlight=False)
@@ -158,37 +160,89 @@ def _lone(chosen: argparse.Namespace, sides: Sequence[Side]) -> list[str]:
     return [f"only in {side.name}: {', '.join(keys)}" for side, keys in zip(sides, only, strict=True) if keys]
 
 
-def _rounds(session: Session, pairs: dict[Problem, list[Pair]], timing: race.Options, sides: Sequence[Side]) -> Runs:
+def _never(fields: Sequence[Sequence[race.Entrant]], launches: int) -> bool:
+    return False
+
+
+def _rounds(
+    session: Session,
+    pairs: dict[Problem, list[Pair]],
+    timing: race.Options,
+    sides: Sequence[Side],
+    settled: Settled = _never,
+) -> Runs:
     """(base's records, candidate's), of interleaved rounds in fresh processes; stored as soon as a problem is done.
 
+    A process serves all problems of its competitor and is gone before the next launch: to start one takes seconds, and
+    one for each of 16 cells took 12 launches beyond a quarter of an hour. A problem that is `settled` by its first
+    launches has the rest of its rounds in the processes there are.
     They are no results: `best` must not take what an older kernel did for today's.
     """
+    lab, seen, fields = session.lab, set[Any](), dict[Problem, list[list[race.Entrant]]]()
+    shares, left = statistics.shares(timing.rounds, timing.launches), dict(pairs)
     runs: Runs = ([], [])
-    seen: set[Any] = set()
-    for number, (problem, some) in enumerate(pairs.items()):
-        session.check_memory(problem, registry.op(problem.op).memory_bytes(problem))
-        impls = [[pair[side] for pair in some] for side in (0, 1)]
-        for impl in (*impls[0], *impls[1]):
-            session.lab.retire(impl)
+    for launch, rounds in enumerate(shares):
+        for impl in {id(impl): impl for some in left.values() for pair in some for impl in pair}.values():
+            lab.retire(impl)
+        options = replace(timing, thorough=timing.thorough and not launch)
+        for number, (problem, some) in enumerate(list(left.items())):
+            place = f"[{number + 1}/{len(left)}{f', launch {launch + 1}/{len(shares)}' if len(shares) > 1 else ''}]"
 
-        def event(kind: str, text: str, place: str = f"[{number + 1}/{len(pairs)}]", p: Problem = problem) -> None:
-            session.say(f"{place} {text if kind == 'time' else f'{p}: {kind} {text}'}")
+            def event(kind: str, text: str, place: str = place, p: Problem = problem) -> None:
+                session.say(f"{place} {text if kind == 'time' else f'{p}: {kind} {text}'}")
 
-        fields = [race.entrants(session.lab, problem, each, event) for each in impls]
-        seen |= {race.checked(problem, entrant) for entrant in fields[0]}  # the base has been checked as what it was
-        runners = [e for field in fields for e in field if e.status == Status.OK]
-        race.run_rounds(session.lab, problem, runners, timing, seen, event)
-        for entrant in runners:
-            if entrant.handle is not None:
-                session.lab.release(entrant.impl, entrant.handle)
-        for run, field, side in zip(runs, fields, sides, strict=True):
-            records = race.judge(registry.op(problem.op), problem, field, timing, None, session.lab)
-            for record in records:
-                record.regime["session"] = f"{session.run}:{timing.rounds}"
-                record.device, record.versions = session.about, session.versions
-                session.log.append(record.to_json() | {"kind": "revision", "side": side.name})
-            run += records
+            if not launch:
+                session.check_memory(problem, registry.op(problem.op).memory_bytes(problem))
+                fields[problem] = [race.entrants(lab, problem, [pair[i] for pair in some], event) for i in (0, 1)]
+                # the base has been checked as what it was
+                seen |= {race.checked(problem, entrant) for entrant in fields[problem][0]}
+            runners = [e for field in fields[problem] for e in field if e.status == Status.OK]
+            race.prepare(lab, problem, runners, options, seen, event)
+            race.time_rounds(lab, problem, [e for e in runners if e.status == Status.OK], options, rounds, event)
+            last = launch == len(shares) - 1
+            if not last and settled(fields[problem], launch + 1):
+                rest = [e for e in runners if e.status == Status.OK]
+                race.time_rounds(lab, problem, rest, options, sum(shares[launch + 1 :]), event)
+                last = True
+            for entrant in runners:
+                if entrant.handle is not None:
+                    lab.release(entrant.impl, entrant.handle)
+                    entrant.handle = None
+            if last:
+                del left[problem]
+                _keep(session, problem, fields[problem], replace(timing, launches=launch + 1), sides, runs)
     return runs
+
+
+def _settled(rule: Rule, cells: int, launches: int) -> Settled:
+    """Whether no cell of a problem can have a verdict any more; Holm's first step asks most."""
+
+    def settled(fields: Sequence[Sequence[race.Entrant]], done: int) -> bool:
+        alpha = rule.alpha / max(cells, 1)
+        runs = [[e for e in field if e.status == Status.OK and any(e.rounds)] for field in fields]
+        return [(e.impl.key, e.config) for e in runs[0]] == [(e.impl.key, e.config) for e in runs[1]] and all(
+            duel.hopeless(a.rounds, b.rounds, done, launches, alpha, rule) for a, b in zip(*runs, strict=True)
+        )
+
+    return settled
+
+
+def _keep(
+    session: Session,
+    problem: Problem,
+    fields: Sequence[Sequence[race.Entrant]],
+    timing: race.Options,
+    sides: Sequence[Side],
+    runs: Runs,
+) -> None:
+    """The records of a problem's rounds: to the disk, and to the runs."""
+    for run, field, side in zip(runs, fields, sides, strict=True):
+        records = race.judge(registry.op(problem.op), problem, field, timing, None, session.lab)
+        for record in records:
+            record.regime["session"] = f"{session.run}:{timing.rounds}"
+            record.device, record.versions = session.about, session.versions
+            session.log.append(record.to_json() | {"kind": "revision", "side": side.name})
+        run += records
 
 
 def _show(chosen: argparse.Namespace, cells: Sequence[Cell], title: str, lines: Sequence[str]) -> None:

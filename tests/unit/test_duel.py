@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -168,3 +169,25 @@ def test_false_alarms_of_many_unchanged_cells() -> None:
         cells = {f"k{i}x{seed}": (0.0, 0.02, 0.02) for i in range(20)}
         alarms += any(v in (Verdict.SLOWER, Verdict.FASTER) for v in judged(cells).values())
     assert alarms <= 3
+
+
+def test_a_cell_is_hopeless_only_if_no_launch_to_come_could_make_a_verdict() -> None:
+    rng, launches, alpha = np.random.default_rng(5), 12, RULE.alpha / 16
+    ended = []
+    for mean in [0.0] * 40 + [0.02, 0.05] * 20:
+        luck = mean + rng.normal(0, 0.01, launches)
+        candidate = [[math.exp(luck[i]), math.exp(luck[i])] for i in range(launches)]
+        base = [[1.0, 1.0]] * launches
+        stops = [n for n in range(1, launches) if duel.hopeless(base[:n], candidate[:n], n, launches, alpha, RULE)]
+        if mean == 0.0:
+            ended.append(stops[0])
+        if stops:
+            first = stops[0]
+            assert stops == list(range(first, launches))  # more launches give no hope back
+            for toward in (luck, -luck):
+                assert statistics.signed_rank_p(toward - math.log1p(RULE.margin)) > alpha
+        else:
+            assert mean > 0.0
+    assert sum(ended) / len(ended) < 4  # of 12
+    assert not duel.hopeless([[1.0]] * 11, [[1.05]] * 11, 11, 12, alpha, RULE)
+    assert not duel.hopeless([[1.05]] * 11, [[1.0]] * 11, 11, 12, alpha, RULE)
