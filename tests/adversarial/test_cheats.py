@@ -180,14 +180,14 @@ UNSEEN = {  # arguments, body, problem, reason
         "a, b",
         "out.copy_(a.clamp_min(-127).double() @ b.clamp_min(-127).double())",
         "gemm[m=32,n=48,k=64,int8]",
-        "(integers)",
+        "integers input",
     ),
     "sums of two in 16 bits": (
         "a, b",
         "out.zero_()\nfor i in range(0, a.shape[1], 2):\n"
         "    out += (a[:, i : i + 2].double() @ b[i : i + 2].double()).clamp(-32768, 32767).int()",
         "gemm[m=32,n=48,k=64,int8]",
-        "(integers)",
+        "integers input",
     ),
 }
 
