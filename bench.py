@@ -31,7 +31,8 @@ EXAMPLES = """examples:
   python bench.py compare --base origin/main        the CI gate: a commit's kernels against today's, in one session
 
 Every option can be set by the environment: --rounds 20 is ROOFTUNE_ROUNDS=20 (doctor --environment lists all).
-Exit codes: 0 ok, 1 regression or wrong result, 2 bad arguments or data, 3 inconclusive, 4 nothing ran here."""
+Exit codes: 0 ok, 1 regression or wrong result, 2 bad arguments or data, 3 inconclusive, 4 nothing ran here,
+130 interrupted (what was measured is kept)."""
 
 YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")  # what a variable says to an option without a value
 

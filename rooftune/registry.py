@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -231,9 +232,17 @@ def _language(root: Path, name: str) -> tuple[str, dict[str, Any]]:
     return "", {}
 
 
-@cache
 def environment(mode: str) -> dict[str, str]:
     """The variables of all our languages for a mode: with them any competitor's process can begin alike."""
+    found = _environment(mode)
+    if (kept := os.environ.get("ROOFTUNE_CACHE_DIR")) and "TRITON_CACHE_DIR" not in os.environ:
+        # Triton's own default is in the home folder, which may be read-only.
+        found = {**found, "TRITON_CACHE_DIR": str(Path(kept).expanduser().absolute() / "triton")}
+    return found
+
+
+@cache
+def _environment(mode: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted((kernel_folder() / "common").glob("*.py")):
         for name, value in _read(path)[0].get("ENV", {}).get(mode, {}).items():

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,16 @@ def tune(chosen: argparse.Namespace) -> ExitCode:
         session.clear()
     if not results:
         raise UsageError("nothing to tune: no competitor with more than one config runs here on these problems")
-    return ExitCode.OK
+    return _verdict(results, [impl.key for impl in loaded])
+
+
+def _verdict(results: Sequence[dict[str, Any]], loaded: Sequence[str]) -> ExitCode:
+    """As of `run`: 1 if a kernel that somebody brings (`--load`) has no config that ran, 4 if nobody has."""
+    tuned = [r for r in results if r["kind"] == "tuned"]
+    none = [r for r in tuned if 0 < r["measured"] == r["failed"]]
+    if any(r["impl"] in loaded for r in none):
+        return ExitCode.REGRESSION
+    return ExitCode.NOTHING_RAN if tuned and len(none) == len(tuned) else ExitCode.OK
 
 
 @dataclass(frozen=True)

@@ -234,3 +234,23 @@ def _wait_for(ready, limit_s: float = 60.0):  # type: ignore[no-untyped-def]
             return found
         time.sleep(0.05)
     return ready()
+
+
+def test_tritons_cache_follows_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its own default is in the home folder, which may be read-only where ROOFTUNE_CACHE_DIR is set."""
+    seen: list[dict[str, str]] = []
+
+    def start(key: object, env: dict[str, str], *rest: object) -> None:
+        seen.append(env)
+        raise Unavailable("not today")
+
+    monkeypatch.setattr(lab_module.nursery, "start", start)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    for folder, theirs in ((tmp_path, None), (tmp_path, "/theirs"), (None, None)):
+        for name, value in (("ROOFTUNE_CACHE_DIR", folder), ("TRITON_CACHE_DIR", theirs)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, str(value))
+        with pytest.raises(Unavailable, match="not today"):
+            lab_module.Worker(None, "compile", "cpu", 1)
+    assert [env.get("TRITON_CACHE_DIR") for env in seen] == [str(tmp_path / "triton"), "/theirs", None]

@@ -126,3 +126,21 @@ def test_effort_sets_search_and_budget() -> None:
     plan = tune.Plan.of(chosen)
     assert (plan.search, plan.budget.seconds, plan.budget.configs) == ("surrogate", 30.0, 40)
     assert tune.Plan.of(bench.parser().parse_args(["tune", "--effort", "full", "--budget", "7"])).budget.configs == 7
+
+
+@pytest.mark.parametrize(
+    ("failed", "loaded", "code"),
+    [
+        ((2, 2), ("softmax/mine",), ExitCode.REGRESSION),
+        ((1, 1), ("softmax/mine",), ExitCode.OK),
+        ((0, 2), (), ExitCode.OK),  # a competitor of ours that cannot run here is no fault of the user's
+        ((2, 2), (), ExitCode.NOTHING_RAN),
+    ],
+)
+def test_the_exit_code_says_where_no_config_ran(failed: tuple[int, int], loaded: tuple[str], code: int) -> None:
+    names = ("softmax/numba", "softmax/mine")
+    results = [
+        {"kind": "tuned", "impl": name, "measured": 2, "failed": count}
+        for name, count in zip(names, failed, strict=True)
+    ]
+    assert tune._verdict([*results, {"kind": "point"}], loaded) == code
