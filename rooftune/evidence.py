@@ -206,8 +206,12 @@ def gather(
     archs: Sequence[str] = ARCHITECTURES,
     thorough: bool = True,
     event: Event = lambda kind, text: None,
+    done: list[Record] | None = None,
 ) -> list[Record]:
-    """Evidence for every competitor and precision, two at a time. Do not run it beside a timing."""
+    """Evidence for every competitor and precision, two at a time. Do not run it beside a timing.
+
+    `done`: gets every record as it is made, for whoever is interrupted.
+    """
 
     def one(job: tuple[Impl, str, str]) -> Record:
         impl, precision, what = job
@@ -218,6 +222,8 @@ def gather(
         else:
             record = compile_all(lab, impl, compile_problem(impl.op, precision), archs)
         event("done", f"{what} {impl.key} {precision}: {record.status} {record.reason}")
+        if done is not None:
+            done.append(record)
         return record
 
     def work(jobs: list[tuple[Impl, str, str]]) -> list[Record]:

@@ -176,9 +176,21 @@ def prove(
     absent = [i for i in absent if i.emulates or i.compiles]
     if not absent:
         return []
-    proofs = evidence.gather(
-        session.lab, absent, precisions, seed, archs, thorough, lambda kind, text: session.say(f"{kind} {text}")
-    )
+    done: list[Record] = []
+    try:
+        proofs = evidence.gather(
+            session.lab,
+            absent,
+            precisions,
+            seed,
+            archs,
+            thorough,
+            lambda kind, text: session.say(f"{kind} {text}"),
+            done,
+        )
+    except BaseException:  # Ctrl-C after minutes of compilers leaves what they had
+        session.keep(done)
+        raise
     session.keep(proofs)
     return proofs
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rooftune import evidence, registry
 from rooftune.bench import main
+from rooftune.commands import run
 from rooftune.core import Evidence, ExitCode
 from rooftune.results import store
 from rooftune.results.record import Record
@@ -88,3 +90,25 @@ def test_large_problems_of_every_operator_have_its_own_flags() -> None:
             made = evidence.compile_problem(name, precision)
             assert registry.problem(str(made)) == made
     assert evidence.compile_problem("gemm", "fp8").flag("transpose") == "nt"
+
+
+def test_what_was_proven_before_ctrl_c_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three competitors are done when the user stops: minutes of compilers are not lost."""
+    calls: list[str] = []
+
+    def compile_all(lab: object, impl: registry.Impl, problem: object, archs: object) -> Record:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(impl.key)
+        return record(impl, "compiled")
+
+    monkeypatch.setattr(evidence, "compile_all", compile_all)
+    monkeypatch.setattr(evidence, "emulate", lambda lab, impl, *_: record(impl, "emulated"))
+    impls = [registry.impl(key) for key in ("softmax/triton", "layernorm/triton", "gemm/triton")]
+    kept: list[Record] = []
+    lab = SimpleNamespace(retire=lambda *_: None, halt=lambda: None)
+    session = SimpleNamespace(lab=lab, device=SimpleNamespace(kind="cpu"), say=lambda text: None, keep=kept.extend)
+    with pytest.raises(KeyboardInterrupt):
+        run.prove(session, {"": impls}, ["bf16"], seed=1, thorough=True)  # type: ignore[arg-type]
+    assert [r.impl for r in kept if r.evidence == "compiled"] == calls
+    assert len(calls) == 2
