@@ -40,7 +40,8 @@ def sample_rows(total: int, seed: int, count: int = SAMPLED_ROWS, parts: Mapping
 def suspects(op: Op, problem: Problem, got: Any, tensors: Sequence[Any]) -> list[int]:
     """The SUSPECTS rows of an output [rows, columns] that differ most from what a rough look expects.
 
-    None where there is no such look: an operator without a formula, or an output in several parts.
+    None where there is no such look: an operator without a formula, an output in several parts, or no room for torch's
+    call; `Verdict.rows` says how many rows were judged.
 
     Args:
         tensors: the inputs, N(0, 1), in any place; the look is taken there.
@@ -49,11 +50,16 @@ def suspects(op: Op, problem: Problem, got: Any, tensors: Sequence[Any]) -> list
 
     if op.parts(problem):
         return []
+    tensors = [t.bfloat16() if t.dtype == torch.float8_e4m3fn else t for t in tensors]  # exact; known to all calls
     with torch.no_grad():
         if op.name == "gemm" and problem.flag("epilogue", "none") in ("none", "bias", "residual"):
             away = _product(problem, got, tensors)
         elif op.name in FORMULAS and problem.precision in ("fp32", "tf32", "fp16", "bf16"):
-            away = _formula(problem, got, tensors)
+            try:
+                expected = FORMULAS[op.name](problem, tensors).reshape(got.shape)
+            except RuntimeError:  # out of memory, or a call that torch lacks here: no fault of who is judged
+                return []
+            away = _differences(problem, got, expected)
         else:
             return []
     away = away.nan_to_num(float("inf"), float("inf"))
@@ -85,11 +91,10 @@ def _product(problem: Problem, got: Any, tensors: Sequence[Any]) -> Any:
     return torch.cat(away)
 
 
-def _formula(problem: Problem, got: Any, tensors: Sequence[Any]) -> Any:
-    """[rows], the largest difference from torch's own call, in units of the row's largest number."""
+def _differences(problem: Problem, got: Any, expected: Any) -> Any:
+    """[rows], the largest difference from what torch's own call gave, in units of the row's largest number."""
     import torch
 
-    expected = FORMULAS[problem.op](problem, tensors).reshape(got.shape)
     away = []
     for part in _parts(got):
         want = expected[part].float()

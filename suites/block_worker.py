@@ -20,7 +20,7 @@ from rooftune.fence import Fenced
 from rooftune.suites.block_math import Glue, Tensors, dtype, reference, weights
 from rooftune.suites.block_plan import ROW_FACTOR, Shape, Step, error_bound, plan
 
-SAMPLED_ROWS = 16  # rows of each operator's result that are judged by the operator's own error model
+SAMPLED_ROWS = 16  # of each operator's result, judged by its own error model with those that look most wrong
 HOLD_CYCLES = 4_000_000  # some 2 ms of a GPU: all launches of a pass are queued before its first event
 
 
@@ -157,10 +157,11 @@ class Block:
             problem = registry.problem(step.problem)
             got = self.tensors[step.name].detach()
             got = got.reshape(-1, got.shape[-1])
+            op, inputs = registry.op(problem.op), [self.tensors[name].detach() for name in step.reads]
             rows = screen.sample_rows(got.shape[0], seed, SAMPLED_ROWS)
-            inputs = [self.tensors[name] for name in step.reads]
+            rows = sorted({*rows, *screen.suspects(op, problem, got, inputs)})
             where = check.place(inputs, self.device)
-            wrong, figures = check.compare(registry.op(problem.op), problem, got, inputs, rows, "block", where)
+            wrong, figures = check.compare(op, problem, got, inputs, rows, "block", where)
             if wrong:
                 return f"step {step.name}: {wrong}", figures.get("max_error")
             worst = max(worst, figures["max_error"])

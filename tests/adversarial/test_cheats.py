@@ -251,6 +251,7 @@ LARGE = [  # problems whose float64 reference is of some rows only, and one numb
     ("gemm[m=1500,n=700,k=300,fp32]", (777, 333), 0.3),
     ("gemm[m=1500,n=700,k=300,transpose=nt,bf16]", (1200, 0), 6.0),
     ("gemm[m=1500,n=704,k=304,int8]", (777, 333), 1),
+    ("gemm[m=1504,n=704,k=304,transpose=nt,fp8]", (777, 333), 30.0),
     ("gemm[m=1500,n=700,k=300,transpose=tn,epilogue=residual,fp16]", (700, 699), 0.3),
     ("gemm[m=1500,n=700,k=300,transpose=tt,epilogue=bias,fp32]", (1, 1), 0.01),
     ("gemm[m=1500,n=700,k=300,epilogue=bias_gelu,fp32]", (777, 333), 0.3),
@@ -287,11 +288,19 @@ def test_one_wrong_number_in_a_large_output_is_found(text: str, where: tuple[int
     assert "suspect" in wrong.reason
 
 
-def test_a_large_output_without_a_formula_has_its_sampled_rows() -> None:
+def test_a_large_output_without_a_formula_has_its_sampled_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = registry.problem("softmax_bwd[m=9000,n=200,fp32]")
     op = registry.op("softmax_bwd")
     tensors = op.inputs(problem, check.generator("cpu", 1), "cpu", "normal")
     assert screen.suspects(op, problem, torch.zeros(9000, 200), tensors) == []
+    problem, zeros = registry.problem("softmax[m=9000,n=200,fp32]"), torch.zeros(9000, 200)
+    assert len(screen.suspects(registry.op("softmax"), problem, zeros, [zeros])) == screen.SUSPECTS
+
+    def lacks_memory(problem: Problem, tensors: object) -> None:
+        raise torch.OutOfMemoryError("by torch's call, not by the kernel that is judged")
+
+    monkeypatch.setitem(screen.FORMULAS, "softmax", lacks_memory)
+    assert screen.suspects(registry.op("softmax"), problem, zeros, [zeros]) == []
 
 
 @pytest.mark.parametrize("fails", [False, True])
