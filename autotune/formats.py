@@ -55,9 +55,11 @@ class Tuning:
         return min(ran, key=lambda row: row.value or 0.0, default=None)
 
 
-def load(path: Path) -> list[Tuning]:
+def load(path: Path, say: Callable[[str], None] = store.talk) -> list[Tuning]:
     """Every tuning in a file, whichever of the known formats it has.
 
+    Args:
+        say: gets one line of text if damaged or cut lines and entries were dropped; standard error if not given.
     Raises:
         UsageError: not readable, or none of the formats; names what is wrong.
     """
@@ -68,7 +70,8 @@ def load(path: Path) -> list[Tuning]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
-        found = _journal(path) if path.suffix == store.SUFFIX or text.startswith('{"kind":') else [_theirs(path, text)]
+        ours = path.suffix == store.SUFFIX or text.startswith('{"kind":')
+        found = _journal(path, say) if ours else [_theirs(path, text, say)]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # a list where an object belongs
         raise UsageError(f"{path}: a field is not what this format has there ({error})") from error
     if not any(tuning.rows for tuning in found):
@@ -76,8 +79,8 @@ def load(path: Path) -> list[Tuning]:
     return found
 
 
-def _theirs(path: Path, text: str) -> Tuning:
-    data = _json(path, text)
+def _theirs(path: Path, text: str, say: Callable[[str], None]) -> Tuning:
+    data = _json(path, text, say)
     if "cache" in data and "tune_params_keys" in data:
         return _kernel_tuner(path, data)
     if "results" in data:
@@ -87,7 +90,7 @@ def _theirs(path: Path, text: str) -> Tuning:
     raise UsageError(f"{path}: neither a journal, a Kernel Tuner cache, T4 results nor a Triton autotune file")
 
 
-def _json(path: Path, text: str) -> dict[str, Any]:
+def _json(path: Path, text: str, say: Callable[[str], None]) -> dict[str, Any]:
     """The object in a file. A Kernel Tuner cache is appended to while it tunes; an interrupted one is not closed."""
     try:
         data = json.loads(text)
@@ -95,6 +98,7 @@ def _json(path: Path, text: str) -> dict[str, Any]:
         data = _closed(text) if '"cache"' in text else None
         if data is None:
             raise UsageError(f"{path} is not JSON ({error})") from error
+        say(f"{path}: its end is missing; {len(dict(data).get('cache') or ())} whole entries are read")
     if not isinstance(data, dict):
         raise UsageError(f"{path} holds no object, so no recorded tuning")
     return data
@@ -117,8 +121,10 @@ def _closed(text: str) -> Any:
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
-def _journal(path: Path) -> list[Tuning]:
-    lines, _ = store.Log(path).read()
+def _journal(path: Path, say: Callable[[str], None]) -> list[Tuning]:
+    lines, damaged = store.Log(path).read()
+    if damaged:
+        say(f"{path}: {damaged} damaged or cut line{'s' * (damaged > 1)} dropped")
     begun = [x for x in lines if x.get("kind") == "tune" and x.get("event") == "start"]
     starts = {x["key"]: x["what"] for x in begun if x.get("schema") == SCHEMA}
     found: list[Tuning] = []

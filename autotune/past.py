@@ -60,7 +60,7 @@ def journals(impl: Impl, problem: Problem, device: str, but: Path) -> list[Tunin
     found: list[tuple[float, str, Tuning]] = []
     for path in sorted(folder.glob(f"{slug}-*{store.SUFFIX}")) if folder.is_dir() else ():
         try:
-            tunings = formats.load(path) if path != but else []
+            tunings = formats.load(path, say=lambda text: None) if path != but else []  # nobody asked for it by name
         except UsageError:  # damaged, or without a config: nothing to learn from
             continue
         for tuning in tunings:

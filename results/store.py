@@ -188,11 +188,12 @@ def _same_sources() -> dict[str, str]:
     return found
 
 
-def _talk(text: str) -> None:
+def talk(text: str) -> None:
+    """A line on standard error."""
     print(text, file=sys.stderr)
 
 
-def load_run(path: Path | str, say: Callable[[str], None] = _talk) -> list[Record]:
+def load_run(path: Path | str, say: Callable[[str], None] = talk) -> list[Record]:
     """The results in a log, in order. Lines of other kinds (headers, tuning trials) are left out.
 
     Args:

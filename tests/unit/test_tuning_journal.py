@@ -117,7 +117,18 @@ def test_a_damaged_start_line_is_written_again(tmp_path: Path) -> None:
     damaged[30] ^= 1
     path.write_bytes(damaged)
     assert run(FakeLab(), path, "12").resumed == 12
-    assert len(formats.load(path)[0].rows) == 12
+    said: list[str] = []
+    assert len(formats.load(path, said.append)[0].rows) == 12
+    assert said == [f"{path}: 1 damaged or cut line dropped"]
+
+
+def test_a_cache_that_is_cut_is_read_and_that_is_said(tmp_path: Path) -> None:
+    path, said = tmp_path / "cache.json", list[str]()
+    entry = '"{0}": {{"b": {0}, "time": {0}.5, "times": [{0}.5]}},'
+    head = '{"device_name": "D", "kernel_name": "k", "problem_size": [1], "tune_params_keys": ["b"], "cache": {'
+    path.write_text(head + entry.format(1) + entry.format(2) + '"3": {"b"')
+    assert len(formats.load(path, said.append)[0].rows) == 2
+    assert said == [f"{path}: its end is missing; 2 whole entries are read"]
 
 
 def test_lines_of_another_schema_and_a_second_writers_are_read_as_what_they_are(tmp_path: Path) -> None:
