@@ -64,6 +64,7 @@ class Record:
     rounds: list[list[float]] | None = None
     regime: dict[str, Any] = field(default_factory=dict)
     source_hash: str = ""
+    judge_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     run: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
@@ -85,7 +86,7 @@ class Record:
 
 
 _TEXT = ("problem", "op", "shape", "precision", "impl", "status", "evidence")
-_OPTIONAL_TEXT = ("reason", "source_hash", "run", "id", "kind")
+_OPTIONAL_TEXT = ("reason", "source_hash", "judge_hash", "run", "id", "kind")
 _NUMBERS = ("time_s", "ratio_to_torch", "tflops", "gbps", "roof", "ratio_at_roof", "goal")
 _INTERVALS = ("time_ci_s", "ratio_ci")
 _DICTS = ("device", "regime", "versions")

@@ -31,7 +31,8 @@ class Standing:
     """The best evidence on record for a competitor. `stale`: it is of another source than today's.
 
     `kinds` are all kinds there are for that source, the best first; empty if there is nothing. `ever`: some source
-    of it, today's or an older one, was measured.
+    of it, today's or an older one, was measured. `earlier`: they are of inputs, reference and limits that have changed
+    since: times hold, but that it is right was asked by an earlier gate; `before`: where that one saw it measured.
     """
 
     kinds: tuple[Evidence, ...] = ()
@@ -39,17 +40,21 @@ class Standing:
     source_hash: str = ""
     stale: bool = False
     ever: bool = False
+    earlier: bool = False
+    before: str = ""
 
     @property
     def said(self) -> str:
         """In words, without the source."""
         if not self.kinds:
             return "nothing on record"
-        stale = "STALE: " if self.stale else ""
+        stale, gate = "STALE: " if self.stale else "", ", by an earlier gate" if self.earlier else ""
         if self.kinds[0] == Evidence.MEASURED:
-            return f"{stale}measured on {self.device or 'an unnamed device'}"
+            return f"{stale}measured on {self.device or 'an unnamed device'}{gate}"
+        if self.before:
+            return f"{' and '.join(self.kinds)}; measured on {self.before}, by an earlier gate"
         never = "not run on hardware since it changed" if self.ever else "never run on hardware"
-        return f"{stale}{' and '.join(self.kinds)}, {never}"
+        return f"{stale}{' and '.join(self.kinds)}{gate}, {never}"
 
     def __str__(self) -> str:
         source = f" ({'older ' if self.stale else ''}source {self.source_hash[:8]})"
@@ -62,13 +67,19 @@ def on_record(impls: Iterable[Impl], runs: Sequence[Path] | None = None) -> dict
     asked = list(impls)
     if not asked:
         return {}
-    found: dict[str, dict[str, dict[Evidence, str]]] = {}  # competitor -> source -> kind -> device
+    found: dict[str, dict[tuple[str, bool], dict[Evidence, str]]] = {}  # competitor -> source, gate of today -> kinds
+    gates = {op: registry.judge_hash(op) for op in {impl.op for impl in asked}}
+    judges = {impl.key: gates[impl.op] for impl in asked}
     paths = [*_newest(), *store.list_runs(store.REFERENCE)] if runs is None else list(runs)
     for path in paths:
         for line in store.Log(path).read()[0]:
             if line.get("kind") in ("result", "static") and line.get("status") == Status.OK and line.get("source_hash"):
-                kinds = found.setdefault(str(line.get("impl")), {}).setdefault(str(line["source_hash"]), {})
-                kinds.setdefault(Evidence(line["evidence"]), str((line.get("device") or {}).get("name") or ""))
+                who, kind = str(line.get("impl")), Evidence(line["evidence"])
+                same = kind == Evidence.COMPILED or line.get("judge_hash") == judges.get(
+                    who
+                )  # a compiler judges nothing
+                kinds = found.setdefault(who, {}).setdefault((str(line["source_hash"]), same), {})
+                kinds.setdefault(kind, str((line.get("device") or {}).get("name") or ""))
     return {impl.key: _standing(impl, found.get(impl.key, {})) for impl in asked}
 
 
@@ -82,22 +93,23 @@ def _newest() -> Iterator[Path]:
         yield path
 
 
-def _standing(impl: Impl, sources: dict[str, dict[Evidence, str]]) -> Standing:
+def _standing(impl: Impl, sources: dict[tuple[str, bool], dict[Evidence, str]]) -> Standing:
     from rooftune import static
 
-    today = dict(sources.get(impl.source_hash, {}))
+    today, earlier = dict(sources.get((impl.source_hash, True), {})), sources.get((impl.source_hash, False), {})
     if impl.compiles and Evidence.COMPILED not in today and static.Cache(impl).compiled():
         today[Evidence.COMPILED] = ""
     order = list(Evidence)
     ever = any(Evidence.MEASURED in kinds for kinds in sources.values())
-    if today:
-        kinds = tuple(sorted(today, key=order.index))
-        return Standing(kinds, today.get(Evidence.MEASURED, ""), impl.source_hash, ever=ever)
+    if found := today or earlier:
+        kinds, device = tuple(sorted(found, key=order.index)), found.get(Evidence.MEASURED, "")
+        before = "" if device or Evidence.MEASURED not in earlier else earlier[Evidence.MEASURED] or "an unnamed device"
+        return Standing(kinds, device, impl.source_hash, ever=ever, earlier=not today, before=before)
     best = min(sources.items(), key=lambda s: min(map(order.index, s[1])), default=None)
     if best is None:
         return Standing()
     kinds = tuple(sorted(best[1], key=order.index))
-    return Standing(kinds, best[1].get(Evidence.MEASURED, ""), best[0], True, ever)
+    return Standing(kinds, best[1].get(Evidence.MEASURED, ""), best[0][0], True, ever)
 
 
 def stale(records: Iterable[Record]) -> dict[str, str]:
@@ -129,6 +141,7 @@ def record_of(impl: Impl, problem: Problem, config: Config, evidence: Evidence, 
         evidence=evidence,
         error=reply.data.get("error"),
         source_hash=impl.source_hash,
+        judge_hash=registry.judge_hash(problem.op),
     )
 
 

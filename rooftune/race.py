@@ -280,6 +280,7 @@ def judge(
 
     complete = {i: e for i, e in enumerate(field_) if any(e.rounds) and e.status == Status.OK}
     records: list[Record] = []
+    judged_by = registry.judge_hash(problem.op)
     times = {i: statistics.summary(e.rounds) for i, e in complete.items()}
     baselines = [i for i, e in complete.items() if e.impl.baseline]
     best_torch = min(baselines, key=lambda i: times[i][0], default=None)
@@ -299,6 +300,7 @@ def judge(
             error=entrant.error,
             energy=entrant.energy,
             source_hash=entrant.impl.source_hash,
+            judge_hash=judged_by,
             regime={
                 "clock": options.clock,
                 "cache": options.cache,

@@ -152,6 +152,12 @@ def op(name: str) -> Op:
     raise unknown("op", name, op_names())
 
 
+def judge_hash(name: str) -> str:
+    """Hash of what judges an operator's competitors: its inputs, reference and limits, and what these import."""
+    roots = dict(_roots())
+    return next((sources.digest(r / name / "__init__.py", roots) for r in roots.values() if (r / name).is_dir()), "")
+
+
 def _declared(module: str, path: Path) -> Op:
     """The `OP` of an operator's file. Every verb reads all of them, so a broken one must say which it is."""
     try:

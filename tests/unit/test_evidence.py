@@ -18,7 +18,13 @@ TRITON, TORCH = registry.impl("softmax/triton"), registry.impl("softmax/torch")
 OLD = "f" * 16
 
 
-def record(impl: registry.Impl = TRITON, kind: str = "measured", source: str = "", status: str = "ok") -> Record:
+def record(
+    impl: registry.Impl = TRITON,
+    kind: str = "measured",
+    source: str = "",
+    status: str = "ok",
+    judge: str | None = None,
+) -> Record:
     made = Record(
         problem="softmax[m=8,n=64,bf16]",
         op="softmax",
@@ -30,6 +36,7 @@ def record(impl: registry.Impl = TRITON, kind: str = "measured", source: str = "
         status=status,
         evidence=kind,
         source_hash=source or impl.source_hash,
+        judge_hash=registry.judge_hash(impl.op) if judge is None else judge,
     )
     if kind == "measured":
         made.device = {"name": "Example 9000"}
@@ -112,3 +119,22 @@ def test_what_was_proven_before_ctrl_c_is_kept(monkeypatch: pytest.MonkeyPatch) 
         run.prove(session, {"": impls}, ["bf16"], seed=1, thorough=True)  # type: ignore[arg-type]
     assert [r.impl for r in kept if r.evidence == "compiled"] == calls
     assert len(calls) == 2
+
+
+def test_what_an_earlier_gate_let_pass_is_said_so(tmp_path: Path) -> None:
+    """Its times hold, as the source is today's; that it is right was asked with other inputs."""
+    before = record(judge="")
+    found = standing(tmp_path, before)
+    assert found.said == "measured on Example 9000, by an earlier gate"
+    assert not found.stale
+    found = standing(tmp_path, before, record(kind="emulated", judge=OLD))
+    assert found.said == "measured on Example 9000, by an earlier gate"
+    found = standing(tmp_path, record(kind="emulated"), record(kind="compiled", judge=""))
+    assert found.said == "emulated and compiled; measured on Example 9000, by an earlier gate"
+    found = standing(tmp_path, record())
+    assert found.said == "measured on Example 9000"
+    alone = tmp_path / "alone.jsonl"
+    store.Log(alone).append(record(kind="emulated", judge=OLD).to_json())
+    assert evidence.on_record([TRITON], [alone])["softmax/triton"].said == (
+        "emulated, by an earlier gate, never run on hardware"
+    )
