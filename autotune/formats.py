@@ -1,4 +1,4 @@
-"""Recorded tunings, read and written: ours, Kernel Tuner's caches, T4; Triton's autotune files in, vLLM's tables out.
+"""Recorded tunings, read: ours, Kernel Tuner's caches, T4 and Triton's autotune files. `written.py` writes them.
 
 A recorded tuning is what a search can be replayed on, and what it can start from on another device.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rooftune.autotune.journal import SCHEMA, canonical
-from rooftune.core import Config, Problem, Status, UsageError, unknown
+from rooftune.core import Config, Status, UsageError
 from rooftune.results import store
 
 MAX_BYTES = 512 * 2**20
@@ -21,7 +22,16 @@ MAX_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """A config's outcome. `time_s` is None unless it ran; `value` is what a search minimises (time, or our ratio)."""
+    """A config's outcome.
+
+    Attributes:
+        time_s: None unless it ran.
+        value: what a search minimises (time, or our ratio).
+        times_s: single readings, or a summary of each round.
+        compile_s: of the compiler, where the record tells it apart.
+        spent_s: what measuring it cost besides `compile_s`.
+        unix_time: when it was recorded.
+    """
 
     config: Config
     time_s: float | None
@@ -30,6 +40,8 @@ class Row:
     reason: str = ""
     times_s: tuple[float, ...] = ()
     compile_s: float | None = None
+    spent_s: float | None = None
+    unix_time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,12 +143,14 @@ def _journal(path: Path, say: Callable[[str], None]) -> list[Tuning]:
     for key, what in starts.items():
         mine = [x for x in lines if x.get("kind") == "tune" and x.get("key") == key]
         # Two processes may have measured the same config: the later outcome counts, as in a resume.
-        trials = {canonical(x["trial"]["config"]): x["trial"] for x in mine if x.get("event") == "config"}
+        trials = {canonical(x["trial"]["config"]): x for x in mine if x.get("event") == "config"}
         rows = []
-        for trial in trials.values():
+        for line in trials.values():
+            trial = line["trial"]
             value = trial["time_s"] if trial["ratio"] is None else trial["ratio"]
             samples = tuple(min(samples) for samples in trial["rounds"] if samples)
-            rows.append(Row(trial["config"], trial["time_s"], value, trial["status"], trial["reason"], samples))
+            row = Row(trial["config"], trial["time_s"], value, trial["status"], trial["reason"], samples)
+            rows.append(replace(row, spent_s=trial.get("spent_s"), unix_time=line.get("unix_time")))
         final = next((x["result"] for x in reversed(mine) if x.get("event") == "final"), None)
         device = str((what.get("device") or {}).get("name", ""))
         chosen = final["config"] if final else None
@@ -156,18 +170,26 @@ def _tuning(
 ) -> Tuning:
     """A tuning with its axes: values in the order of size, or as they come (declared ones first) where they have none.
 
-    Values that are equal are one value (True, 1 and 1.0: writers mix them), so a config has one spelling.
+    Values that are equal are one value (True, 1 and 1.0: writers mix them), so a config has one spelling. A list or an
+    object is known by its JSON text.
     """
-    seen: dict[str, dict[Any, Any]] = {name: {v: v for v in values} for name, values in declared.items()}
+    seen: dict[str, dict[Any, Any]] = {}
+    for name, values in declared.items():
+        seen[name] = {v: v for v in map(_plain, values)}
     spelled: list[Row] = []
     for row in rows:
+        config = {}
         for name, value in row.config.items():
-            if isinstance(value, list | dict) or value != value:  # NaN equals nothing
+            if value != value:  # NaN equals nothing
                 raise UsageError(f"{path}: {name} is {value!r:.40}, which is no value that could be searched")
-        config = {name: seen.setdefault(name, {}).setdefault(value, value) for name, value in row.config.items()}
+            config[name] = seen.setdefault(name, {}).setdefault(_plain(value), _plain(value))
         spelled.append(replace(row, config=config))
     axes = {name: _sorted(list(values)) for name, values in seen.items()}
     return Tuning(kernel, problem, device, axes, spelled, str(path), chosen, about or {})
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
 
 
 def _sorted(values: list[Any]) -> list[Any]:
@@ -204,15 +226,32 @@ def _kernel_tuner(path: Path, data: dict[str, Any]) -> Tuning:
         time_ms = entry.get("time")
         if wrong or time_ms is None or not _positive(time_ms):
             status = ERRORS.get(str(wrong), Status.FAILED_LAUNCH)
-            rows.append(Row(config, None, None, status, str(wrong or f"time is {time_ms!r:.40}")))
-            continue
-        times = tuple(t * 1e-3 for t in entry.get("times") or () if _positive(t))
-        compiled = entry.get("compile_time")
-        compile_s = compiled * 1e-3 if isinstance(compiled, int | float) else None
-        rows.append(Row(config, time_ms * 1e-3, time_ms * 1e-3, Status.OK, "", times, compile_s))
+            row = Row(config, None, None, status, str(wrong or f"time is {time_ms!r:.40}"))
+        else:
+            times = tuple(t * 1e-3 for t in entry.get("times") or () if _positive(t))
+            row = Row(config, time_ms * 1e-3, time_ms * 1e-3, Status.OK, "", times)
+        spent = (_milli(entry.get("verification_time")), _milli(entry.get("benchmark_time")))
+        spent_s = None if None in spent else sum(s or 0.0 for s in spent)
+        when = _unix_time(entry.get("timestamp"))
+        rows.append(replace(row, compile_s=_milli(entry.get("compile_time")), spent_s=spent_s, unix_time=when))
     declared = {k: list(data.get("tune_params", {}).get(k) or ()) for k in keys}
     kernel, size, device = (str(data.get(k, "")) for k in ("kernel_name", "problem_size", "device_name"))
     return _tuning(path, kernel, size, device, rows, declared)
+
+
+def _milli(value: Any) -> float | None:
+    """Seconds of a duration in milliseconds; None for what is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < FAILURE
+    return value * 1e-3 if number else None
+
+
+def _unix_time(stamp: Any) -> float | None:
+    """Of an ISO date with its zone; None for what is none."""
+    try:
+        when = datetime.fromisoformat(stamp)
+    except (TypeError, ValueError):
+        return None
+    return when.timestamp() if when.tzinfo else None
 
 
 def _positive(value: Any) -> bool:
@@ -236,8 +275,7 @@ def _t4(path: Path, data: dict[str, Any]) -> Tuning:
         measured = {m.get("name"): s for m in result.get("measurements") or () if (s := _seconds(m)) is not None}
         mean = sum(runs) / len(runs) if runs else None
         time_s = next((measured[name] for name in wanted if name in measured), mean)
-        compiled = times.get("compilation_time", times.get("compilation"))
-        compile_s = compiled * 1e-3 if isinstance(compiled, int | float) else None
+        compile_s = _milli(times.get("compilation_time", times.get("compilation")))
         status = Status.OK if time_s is not None else Status.FAILED_LAUNCH
         rows.append(Row(config, time_s, time_s, status, "" if time_s else "has no time", runs, compile_s))
     said = data.get("metadata")
@@ -275,117 +313,3 @@ def _triton(path: Path, data: dict[str, Any]) -> Tuning:
     names = dict.fromkeys(axis for row in rows for axis in row.config)
     rows = [replace(row, config={axis: row.config.get(axis) for axis in names}) for row in rows]
     return _tuning(path, name, json.dumps(data.get("key", [])), "", rows, {})
-
-
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
-def write(form: str, tunings: Sequence[Tuning], out: Path) -> list[Path]:
-    """Write tunings in a format into a folder, a file each (vLLM: a file per kernel, device and fixed sizes).
-
-    Raises:
-        UsageError: unknown format, or nothing that the format can hold.
-    """
-    if form not in WRITERS:
-        raise unknown("format", form, list(WRITERS))
-    written = []
-    for name, data in WRITERS[form]([t for t in tunings if not unfit(form, t)]):
-        path = out / name
-        store.atomic_write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-        written.append(path)
-    if not written:
-        raise UsageError(f"nothing to write as {form}: {unfit(form, tunings[0]) if tunings else 'no tuning'}")
-    return written
-
-
-def unfit(form: str, tuning: Tuning) -> str:
-    """Why a format cannot hold a tuning, or nothing."""
-    if form != "vllm":
-        return ""
-    try:
-        sizes = Problem.parse(tuning.problem).dims
-    except UsageError:  # of another tool
-        sizes = ()
-    if not sizes:
-        return f"a table is named by sizes, which '{tuning.problem}' does not name as softmax[m=64,n=512]"
-    return "" if tuning.chosen or tuning.best else "no config of it ran"
-
-
-def _name(tuning: Tuning, suffix: str) -> str:
-    words = re.sub(r"[^A-Za-z0-9]+", "-", f"{tuning.kernel} {tuning.problem} {tuning.device}").strip("-")
-    return f"{words or 'tuning'}{suffix}"
-
-
-def _unique(pairs: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-    """Two tunings of one name get a number: a journal holds one for every key."""
-    seen: dict[str, int] = {}
-    for name, data in pairs:
-        seen[name] = seen.get(name, 0) + 1
-        stem, dot, suffix = name.partition(".")
-        yield (name if seen[name] == 1 else f"{stem}-{seen[name]}{dot}{suffix}"), data
-
-
-def _as_kernel_tuner(tunings: Sequence[Tuning]) -> Iterable[tuple[str, Any]]:
-    errors = {Status.SKIPPED: "InvalidConfig", Status.FAILED_COMPILE: "CompilationFailedConfig"}
-
-    def entry(row: Row) -> dict[str, Any]:
-        if row.time_s is None:
-            wrong = errors.get(Status(row.status), "RuntimeFailedConfig")
-            return {**row.config, "time": wrong, "__error__": wrong}
-        times = [t * 1e3 for t in row.times_s or (row.time_s,)]
-        return {**row.config, "time": row.time_s * 1e3, "times": times, "compile_time": (row.compile_s or 0.0) * 1e3}
-
-    for tuning in tunings:
-        keys = list(tuning.axes)
-        cache = {",".join(str(row.config.get(k)) for k in keys): entry(row) for row in tuning.rows}
-        head = {"device_name": tuning.device, "kernel_name": tuning.kernel, "problem_size": tuning.problem}
-        yield _name(tuning, ".json"), {
-            **head, "tune_params_keys": keys, "tune_params": tuning.axes, "objective": "time", "cache": cache,
-        }  # fmt: skip
-
-
-def _as_t4(tunings: Sequence[Tuning]) -> Iterable[tuple[str, Any]]:
-    known = {v: k for k, v in ERRORS.items() if k.islower()}
-
-    def result(row: Row) -> dict[str, Any]:
-        times = {"compilation_time": (row.compile_s or 0.0) * 1e3, "runtimes": [t * 1e3 for t in row.times_s]}
-        out = {"configuration": row.config, "times": times, "objectives": ["time"]}
-        invalid = "correct" if row.time_s is not None else known.get(Status(row.status), "runtime")
-        measured = [] if row.time_s is None else [{"name": "time", "value": row.time_s * 1e3, "unit": "ms"}]
-        return {**out, "invalidity": invalid, "correctness": float(row.time_s is not None), "measurements": measured}
-
-    for tuning in tunings:
-        about = {"kernel": tuning.kernel, "problem": tuning.problem, "device": tuning.device}
-        results = [result(row) for row in tuning.rows]
-        yield _name(tuning, ".t4.json"), {"schema_version": "1.0.0", "results": results, "metadata": about}
-
-
-SPELLINGS = {"block_m": "BLOCK_SIZE_M", "block_n": "BLOCK_SIZE_N", "block_k": "BLOCK_SIZE_K", "group_m": "GROUP_SIZE_M"}
-
-
-def _as_vllm(tunings: Sequence[Tuning]) -> Iterable[tuple[str, Any]]:
-    """A table per kernel, device and all sizes but the first, which is its key; what each tuning decided for."""
-    tables: dict[str, dict[str, Any]] = {}
-    for tuning in tunings:
-        best = tuning.best
-        config = tuning.chosen or (best.config if best else {})
-        problem = Problem.parse(tuning.problem)
-        (_, first), *rest = problem.dims
-        parts = [f"{name.upper()}={size}" for name, size in rest]
-        parts += [f"{name}={value}" for name, value in problem.flags]
-        parts += [f"device_name={tuning.device}", f"dtype={problem.precision}"]
-        folder = tuning.kernel.replace("/", "-").strip(".") or problem.op  # a file says it: `..` is no place for ours
-        name = f"{folder}/{re.sub('[ /]', '_', ','.join(parts))}.json"
-        versions = tuning.about.get("toolchain") or {}
-        table = tables.setdefault(name, {"triton_version": versions["triton"]} if "triton" in versions else {})
-        table[str(first)] = {SPELLINGS.get(axis, axis): value for axis, value in config.items()}
-    for name, table in tables.items():
-        head = {k: v for k, v in table.items() if not k.isdigit()}
-        yield name, head | {k: table[k] for k in sorted((k for k in table if k.isdigit()), key=int)}
-
-
-WRITERS: Mapping[str, Callable[[Sequence[Tuning]], Iterable[tuple[str, Any]]]] = {
-    "kernel-tuner": lambda tunings: _unique(_as_kernel_tuner(tunings)),
-    "t4": lambda tunings: _unique(_as_t4(tunings)),
-    "vllm": _as_vllm,
-}

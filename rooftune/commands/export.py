@@ -47,16 +47,16 @@ def _package(chosen: argparse.Namespace) -> ExitCode:
 
 def _recorded(chosen: argparse.Namespace) -> ExitCode:
     """Convert recorded tunings: our journals, Kernel Tuner caches, T4, Triton's autotune files."""
-    from rooftune.autotune import formats
+    from rooftune.autotune import formats, written
 
     if not chosen.what:
         raise UsageError(f"export --format {chosen.format} takes files with recorded tunings: journals, caches, T4")
     tunings = [found for text in chosen.what for found in formats.load(Path(text))]
-    written = formats.write(chosen.format, tunings, Path(chosen.out))
+    files = written.write(chosen.format, tunings, Path(chosen.out))
     console = common.console(chosen)
     for tuning in tunings:
-        if why := formats.unfit(chosen.format, tuning):
+        if why := written.unfit(chosen.format, tuning):
             console.print(f"left out {tuning.source}: {tuning.kernel}: {why}", style="dim", markup=False)
-    for path in written:
+    for path in files:
         console.print(str(path), markup=False)
     return ExitCode.OK

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fake_lab import AXES, BEST, DEFAULT, FakeLab, cost, run
 
 from rooftune import bench, registry
 from rooftune.autotune import journal, past, search, simulate
-from rooftune.autotune.formats import Row, Tuning, load, write
+from rooftune.autotune.formats import Row, Tuning, load
 from rooftune.autotune.job import Job
 from rooftune.autotune.limits import Budget
 from rooftune.core import ExitCode, Status, UsageError
@@ -117,6 +116,13 @@ def test_an_axis_may_have_values_that_sound_like_failures(tmp_path: Path) -> Non
     assert load(path)[0].rows[0].status == Status.OK
 
 
+def test_a_list_or_an_object_is_a_value_known_by_its_text(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(cache({"": {"block_size_x": {"b": 1, "a": [2]}, "vector": 1, "time": 1.0}}))
+    (tuning,) = load(tmp_path / "c.json")
+    assert tuning.rows[0].config["block_size_x"] == '{"a": [2], "b": 1}'
+    assert '{"a": [2], "b": 1}' in tuning.axes["block_size_x"]
+
+
 def test_values_that_are_equal_are_one_and_undeclared_ones_count(tmp_path: Path) -> None:
     path = tmp_path / "cache.json"
     entries = [{"block_size_x": b, "vector": v, "time": b * (1.0 + v)} for b, v in ((64, True), (32.0, 1), (48, 4))]
@@ -181,7 +187,6 @@ NO_TUNINGS = (
     "", "[]", "{}", "null", '{"cache": 3', '{"results": [{}]}', '{"results": []}', '{"configs_timings": [3]}',
     '{"cache": {"a": {}}, "tune_params_keys": ["x"]}', '{"cache": [], "tune_params_keys": []}', '{"results": 3}',
     '{"cache": {"1": {"x": 1, "time": 1, "times": 2}}, "tune_params_keys": ["x"]}', '{"configs_timings": 3}',
-    '{"cache": {"1": {"x": [1], "time": 1}}, "tune_params_keys": ["x"]}',
     '{"cache": {"1": {"x": NaN, "time": 1}}, "tune_params_keys": ["x"]}',
     '{"cache": {"1": {"x": 1, "time": 1}}, "tune_params_keys": ["x"], "tune_params": [3]}',
     '{"results": [{"configuration": {"a": 1}, "invalidity": "correct", "times": null}]}',
@@ -213,58 +218,6 @@ def formats_fail(config: dict[str, Any]) -> Any:
     from rooftune.lab import Reply
 
     return Reply(Status.FAILED_LAUNCH, "shared memory") if config["num_warps"] == 8 else None
-
-
-@pytest.mark.parametrize("form", ["kernel-tuner", "t4"])
-def test_ours_survive_the_way_through_another_format(tmp_path: Path, tuned: Path, form: str) -> None:
-    (ours,) = load(tuned)
-    (path,) = write(form, [ours], tmp_path / "out")
-    (back,) = load(path)
-    assert (back.kernel, back.problem, back.device) == ("softmax/torch", "softmax[m=64,n=512,fp32]", "test")
-    assert back.axes == ours.axes == {a: list(v) for a, v in AXES.items()}
-    for mine, theirs in zip(ours.rows, back.rows, strict=True):
-        assert theirs.config == mine.config
-        assert theirs.time_s == (None if mine.time_s is None else pytest.approx(mine.time_s))
-        assert theirs.status == mine.status
-    assert write(form, [ours, ours], tmp_path / "two")[0] != write(form, [ours, ours], tmp_path / "two")[1]
-
-
-def test_a_device_name_makes_no_folders(tmp_path: Path) -> None:
-    row = Row({"block_m": 64}, 1e-3, 1e-3)
-    tuning = Tuning("gemm/triton", "gemm[m=64,n=64,k=64]", "../A/B 9", {"block_m": [64]}, [row], "x")
-    (path,) = write("vllm", [tuning], tmp_path / "out")
-    assert path.parent == tmp_path / "out" / "gemm-triton"
-    for odd in (replace(tuning, kernel=".."), replace(tuning, problem="gemm[m=64,n=64,k=64,a=../../../b]")):
-        assert write("vllm", [odd], tmp_path / "out")[0].resolve().parent.parent == tmp_path / "out"
-
-
-def test_a_tuning_that_a_format_cannot_hold_is_named(tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setenv("COLUMNS", "500")
-    theirs, named = ({**CACHE, "problem_size": size} for size in ("1000", "softmax[m=64,n=512]"))
-    (tmp_path / "theirs.json").write_text(json.dumps(theirs)), (tmp_path / "named.json").write_text(json.dumps(named))
-    form = ["export", "--format", "vllm", "--out", str(tmp_path), str(tmp_path / "theirs.json")]
-    assert bench.main(form) == ExitCode.USAGE
-    assert "nothing to write as vllm: a table is named by sizes, which '1000' does not name" in capsys.readouterr().err
-    assert bench.main([*form, str(tmp_path / "named.json")]) == ExitCode.OK
-    assert f"left out {form[-1]}: vector_add: a table is named by sizes" in capsys.readouterr().out
-
-
-def test_vllm_tables_hold_what_was_decided(tmp_path: Path) -> None:
-    def tuning(m: int, chosen: Any) -> Tuning:
-        rows = [Row({"block_m": 64, "num_warps": 4}, 1e-3, 1.0), Row({"block_m": 32, "num_warps": 4}, 2e-3, 2.0)]
-        about = {"toolchain": {"triton": "3.6.0"}}
-        problem = f"gemm[m={m},n=4096,k=1024,transpose=nt,bf16]"
-        return Tuning("gemm/triton", problem, "NVIDIA H100 80GB HBM3", {}, rows, "", chosen, about)
-
-    tunings = [tuning(16, {"block_m": 32, "num_warps": 4}), tuning(2, None)]
-    (path,) = write("vllm", tunings, tmp_path)
-    assert path.name == "N=4096,K=1024,transpose=nt,device_name=NVIDIA_H100_80GB_HBM3,dtype=bf16.json"
-    data = json.loads(path.read_text())
-    assert list(data) == ["triton_version", "2", "16"]
-    assert data["16"] == {"BLOCK_SIZE_M": 32, "num_warps": 4}  # decided: the default, though another had looked faster
-    assert data["2"] == {"BLOCK_SIZE_M": 64, "num_warps": 4}
-    with pytest.raises(UsageError, match="nothing to write"):
-        write("vllm", [Tuning("k", "1000", "", {}, tunings[0].rows, "")], tmp_path)
 
 
 # --- simulation -----------------------------------------------------------------------------------------------------
