@@ -74,7 +74,9 @@ class Job:
         self.default: Config = found["default"]
         rules = [constraint(text) for text in where]
         configs = [c for c in found["configs"] if c != self.default and all(rule(c) for rule in rules)]
-        self._valid = {canonical(c) for c in [self.default, *configs]}
+        texts = [canonical(c) for c in [self.default, *configs]]
+        self._valid = set(texts)
+        self.drawn: str = found.get("drawn", "")
         first = [self.default, *(c for c in start if self.valid(c))]
         space = Known.of(found["axes"], [self.default, *configs], start=first)
         assert isinstance(space, Known)
@@ -89,7 +91,7 @@ class Job:
             "device": identity if identity is not None else identity_of(lab),
             "threads": lab.threads,
             "timing": {"cache": self.timing.cache, "clock": self.timing.clock},
-            "space": digest([found["axes"], sorted(canonical(c) for c in [self.default, *configs])]),
+            "space": digest([found["axes"], sorted(texts)]),
             "search": search_name,
             "seed": seed,
             "max_error": max_error,

@@ -56,7 +56,10 @@ class Trial:
 
 def canonical(config: Config) -> str:
     """A config as a dictionary key."""
-    return json.dumps(config, sort_keys=True)
+    return _SORTED.encode(config)
+
+
+_SORTED = json.JSONEncoder(sort_keys=True)  # made once: a large space has 100,000 configs
 
 
 def digest(data: Any) -> str:

@@ -46,6 +46,7 @@ class TuneResult:
         rel_fro: relative Frobenius error of `config` in the thorough check.
         joules: of `config` per call, where the objective needed them; None otherwise.
         cache: its state in what was timed.
+        drawn: of what the `valid` configs are a sample; empty where they are all.
         measured, failed, resumed: configs with an outcome; those without a time; those from an earlier run.
     """
 
@@ -74,6 +75,7 @@ class TuneResult:
     objective: str = "time"
     joules: float | None = None
     cache: str = "hot"
+    drawn: str = ""
 
     @property
     def enters(self) -> bool:
@@ -245,6 +247,7 @@ def _conclude(job: Job, objective: str, energy: bool) -> TuneResult:
         measured=len(trials),
         failed=sum(failed.values()),
         valid=len(job.space),
+        drawn=job.drawn,
         search=journal.what["search"],
         seed=journal.what["seed"],
         journal=str(journal.path),

@@ -12,9 +12,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from rooftune import listing
 from rooftune.core import Problem, Space, UsageError
 
-ENUMERATED = 500_000  # a space of more configs before its rules, which take 4 us each, is drawn from
+ENUMERATED = 50_000_000  # a space of more configs before its rules is drawn from: listing takes seconds
 
 
 class NoConfig(UsageError):
@@ -82,20 +85,28 @@ def _names(space: Space) -> str:
 def described(space: Space, problem: Problem, limit: int, seed: int) -> dict[str, Any]:
     """The valid configs for a problem (a seeded sample of them above `limit`), and the default.
 
+    `drawn` says of what the configs are a sample, and is empty where they are all there are.
+
     Raises:
         UsageError: no config is valid.
     """
-    if space.size <= ENUMERATED:
-        configs = list(space.configs(problem))
-        if len(configs) > limit:
-            configs = random.Random(seed).sample(configs, limit)
+    rng, drawn = random.Random(seed), ""
+    if space.size > ENUMERATED:
+        samples = (space.sample(problem, rng) for _ in range(limit))
+        configs = list({json.dumps(c): c for c in samples if c is not None}.values())
+        drawn = f"drawn from {space.size:.3g} before the rules"
     else:
-        rng = random.Random(seed)
-        drawn = (space.sample(problem, rng) for _ in range(limit))
-        configs = list({json.dumps(c): c for c in drawn if c is not None}.values())
+        places, exact = listing.candidates(space, problem)
+        if len(places) > limit and not exact:  # what its other rules forbid has to go before it is counted
+            places = np.array(list(listing.kept(space, problem, places)), dtype=np.int64)
+        if len(places) > limit:
+            drawn = f"drawn from {len(places):,}"
+            places = places[sorted(rng.sample(range(len(places)), limit))]
+        configs = list(listing.spelled(space, problem, places))
     return {
         "axes": {a: list(v) for a, v in space.axes.items()},
         "configs": configs,
         "default": space.default_for(problem),
         "entrants": space.entrants,
+        "drawn": drawn,
     }

@@ -184,7 +184,7 @@ class Session:
         """Who answers."""
         return {"pid": os.getpid(), "python": sys.version.split()[0], "mode": self.mode}
 
-    def space(self, impl: str, problem: str, limit: int = 20_000, seed: int = 0) -> dict[str, Any]:
+    def space(self, impl: str, problem: str, limit: int = 100_000, seed: int = 0) -> dict[str, Any]:
         """The valid configs for a problem (a seeded sample of them above `limit`), and the default."""
         module = self._module(impl)
         try:

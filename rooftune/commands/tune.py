@@ -238,9 +238,10 @@ def show(result: TuneResult, console: Any) -> None:
     """One tuned competitor, in four lines."""
     console.print(f"\n{result.impl} on {result.problem}", style="bold", markup=False)
     fails = ", ".join(f"{n} {status}" for status, n in result.failures.items())
+    drawn = f", {result.drawn}" if result.drawn else ""
     resumed = f", {result.resumed} of them from an earlier run" if result.resumed else ""
     console.print(
-        f"  searched {result.measured} of {result.valid} valid configs ({result.search}{resumed})"
+        f"  searched {result.measured} of {result.valid} valid configs{drawn} ({result.search}{resumed})"
         + (f"; without a time: {fails}" if fails else ""),
         markup=False,
     )
