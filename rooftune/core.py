@@ -9,7 +9,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import cached_property
@@ -334,8 +334,9 @@ class Space:
 
         return listing.listed(self, problem)
 
-    def default_for(self, problem: Problem) -> Config:
-        """The untuned config. If the declared default breaks a rule here, the valid config nearest to it."""
+    def default_for(self, problem: Problem, among: Iterable[Config] | None = None) -> Config:
+        """The untuned config. If the declared default breaks a rule here, the config nearest to it: of all valid ones,
+        or `among` some."""
         config = dict(self.default(problem) if callable(self.default) else self.default)
         if self.valid(config, problem):
             return config
@@ -343,7 +344,7 @@ class Space:
         def distance(other: Config) -> int:
             return sum(abs(v.index(other[a]) - v.index(config[a])) for a, v in self.axes.items() if config.get(a) in v)
 
-        best = min(self.configs(problem), key=distance, default=None)
+        best = min(self.configs(problem) if among is None else among, key=distance, default=None)
         if best is None:
             raise UsageError(f"no valid config for {problem}: every one breaks a rule of the space")
         return best

@@ -17,7 +17,8 @@ import numpy as np
 from rooftune import listing
 from rooftune.core import Problem, Space, UsageError
 
-ENUMERATED = 50_000_000  # a space of more configs before its rules is drawn from: listing takes seconds
+LISTED = 20_000_000  # a space of more configs before its rules is drawn from: their places take 160 MB
+COUNTED = 1_000_000  # most that are asked one by one, 4 us each, before a sample is drawn
 
 
 class NoConfig(UsageError):
@@ -91,22 +92,25 @@ def described(space: Space, problem: Problem, limit: int, seed: int) -> dict[str
         UsageError: no config is valid.
     """
     rng, drawn = random.Random(seed), ""
-    if space.size > ENUMERATED:
+    if space.size > LISTED:
         samples = (space.sample(problem, rng) for _ in range(limit))
         configs = list({json.dumps(c): c for c in samples if c is not None}.values())
         drawn = f"drawn from {space.size:.3g} before the rules"
     else:
         places, exact = listing.candidates(space, problem)
-        if len(places) > limit and not exact:  # what its other rules forbid has to go before it is counted
+        if not exact and limit < len(places) <= COUNTED:  # what its other rules forbid goes before it is counted
             places = np.array(list(listing.kept(space, problem, places)), dtype=np.int64)
+            exact = True
         if len(places) > limit:
-            drawn = f"drawn from {len(places):,}"
-            places = places[sorted(rng.sample(range(len(places)), limit))]
+            drawn = f"drawn from {len(places):,}" + ("" if exact else " that some of the rules allow")
+            places = places[sorted(rng.sample(range(len(places)), limit if exact else COUNTED))]
         configs = list(listing.spelled(space, problem, places))
+        if len(configs) > limit:
+            configs = rng.sample(configs, limit)
     return {
         "axes": {a: list(v) for a, v in space.axes.items()},
         "configs": configs,
-        "default": space.default_for(problem),
+        "default": space.default_for(problem, configs if drawn else None),
         "entrants": space.entrants,
         "drawn": drawn,
     }

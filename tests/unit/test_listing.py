@@ -139,12 +139,28 @@ def test_a_rule_that_takes_no_arrays_is_counted_too() -> None:
     assert (found["drawn"], len(found["configs"])) == ("drawn from 1,000", 50)
 
 
+def test_too_many_to_ask_one_by_one_are_drawn_before_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spaces, "COUNTED", 400)
+    rule: Rule = lambda c, p: str(c["a"])[-1] in "357"  # noqa: E731
+    space = Space(
+        {"a": tuple(range(100)), "b": tuple(range(100))}, (rule, lambda c, p: c["a"] > c["b"]), {"a": 3, "b": 0}
+    )
+    found = spaces.described(space, PROBLEM, 50, 0)
+    assert found["drawn"] == "drawn from 4,950 that some of the rules allow"
+    assert len(found["configs"]) == 50
+    assert all(c["a"] > c["b"] and c["a"] % 10 in (3, 5, 7) for c in found["configs"])
+
+
 def test_a_space_too_large_to_list_is_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spaces, "ENUMERATED", 1_000)
+    monkeypatch.setattr(spaces, "LISTED", 1_000)
     space = Space({"a": tuple(range(100)), "b": tuple(range(100))}, (lambda c, p: c["a"] > c["b"],), {"a": 1, "b": 0})
     found = spaces.described(space, PROBLEM, 50, 0)
     assert found["drawn"] == "drawn from 1e+04 before the rules"
     assert 30 < len(found["configs"]) <= 50
+    assert found["default"] == {"a": 1, "b": 0}
+    odd = Space(space.axes, space.where, {"a": 0, "b": 50})
+    found = spaces.described(odd, PROBLEM, 50, 0)
+    assert found["default"] in found["configs"]  # the nearest of those drawn: nobody lists the others
 
 
 def test_the_valid_config_nearest_to_a_default_that_breaks_a_rule() -> None:
