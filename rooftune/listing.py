@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import random
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,10 +96,18 @@ def _swept(space: Space, problem: Problem, rules: Sequence[Rule]) -> Places | Ru
 
 
 class _Grid(npt.NDArray[Any]):
-    """An array of which a rule may ask whether it is true."""
+    """An array that behaves as a number does: a rule may ask whether it is true, and `x += 1` makes another."""
 
     def __bool__(self) -> bool:
         return bool(self.item()) if self.size == 1 else _now.way.turn(self)
+
+
+def _anew(operation: Callable[[Any, Any], Any]) -> Callable[[_Grid, Any], Any]:
+    return lambda self, other: operation(self, other)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor"):
+    setattr(_Grid, f"__i{_name.strip('_')}__", _anew(getattr(operator, _name)))
 
 
 class _Way:

@@ -36,7 +36,17 @@ def same(space: Space, problem: Problem) -> bool:
     return list(map(repr, space.configs(problem))) == list(map(repr, one_by_one(space, problem)))
 
 
+def _halves(config: Config, problem: Problem) -> bool:
+    """A loop, and a change in place: of a number, not of the config's."""
+    n = config["block"]
+    while n % 2 == 0:
+        n //= 2
+    n += config["unroll"]
+    return bool(n <= 3)
+
+
 RULES: dict[str, Rule] = {
+    "a loop": _halves,
     "arithmetic": lambda c, p: c["block"] * c["warps"] <= 512,
     "between": lambda c, p: 32 <= c["block"] * c["warps"] <= 512,
     "and": lambda c, p: c["block"] > 16 and c["warps"] > 1 and c["unroll"] > 0,
@@ -74,6 +84,15 @@ def test_a_rule_means_the_same(name: str, chunk: int, monkeypatch: pytest.Monkey
     if chunk == 1:  # every config alone: a few will do
         axes |= {"warps": (1, 4), "block": (16, 96, 256)}
     assert same(Space(axes, (RULES[name],)), PROBLEM)
+
+
+ARRAYS = ("a loop", "arithmetic", "between", "and", "or, not", "if", "smaller of", "in", "two flags", "bits", "all of")
+ALONE = ("is", "is, among others", "a word's length", "a first letter", "a function of one", "a table")
+
+
+def test_which_rules_take_arrays() -> None:
+    taken = {name: listing.candidates(Space(AXES, (RULES[name],)), PROBLEM)[1] for name in (*ARRAYS, *ALONE)}
+    assert taken == dict.fromkeys(ARRAYS, True) | dict.fromkeys(ALONE, False)
 
 
 def test_rules_together_and_a_division_that_an_earlier_one_guards() -> None:
