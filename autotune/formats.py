@@ -236,7 +236,8 @@ def _kernel_tuner(path: Path, data: dict[str, Any]) -> Tuning:
         rows.append(replace(row, compile_s=_milli(entry.get("compile_time")), spent_s=spent_s, unix_time=when))
     declared = {k: list(data.get("tune_params", {}).get(k) or ()) for k in keys}
     kernel, size, device = (str(data.get(k, "")) for k in ("kernel_name", "problem_size", "device_name"))
-    return _tuning(path, kernel, size, device, rows, declared)
+    about = {"problem_size": data["problem_size"]} if "problem_size" in data else {}
+    return _tuning(path, kernel, size, device, rows, declared, about=about)
 
 
 def _milli(value: Any) -> float | None:

@@ -89,7 +89,8 @@ def _as_kernel_tuner(tunings: Sequence[Tuning]) -> Iterable[tuple[str, Any]]:
         cache = {",".join(str(row.config.get(k)) for k in keys): entry(row) for row in tuning.rows}
         dated = all(row.unix_time is not None for row in tuning.rows)  # the schema wants it of all
         head = {"schema_version": "1.1.0"} if dated else {}
-        head |= {"device_name": tuning.device, "kernel_name": tuning.kernel, "problem_size": tuning.problem}
+        size = tuning.about.get("problem_size", tuning.problem)  # it resumes only what has a number where it has one
+        head |= {"device_name": tuning.device, "kernel_name": tuning.kernel, "problem_size": size}
         yield _name(tuning, ".json"), {
             **head, "tune_params_keys": keys, "tune_params": tuning.axes, "objective": "time", "cache": cache,
         }  # fmt: skip

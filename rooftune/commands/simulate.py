@@ -29,7 +29,8 @@ def simulated(chosen: argparse.Namespace) -> ExitCode:
             ]
             told = simulate.summary(tuning, replays)
             results.append(told)
-            console.print(f"\n{tuning.kernel} {tuning.problem} {tuning.device}".rstrip(), style="bold", markup=False)
+            what = f"{tuning.kernel} {tuning.problem} {tuning.device}".strip() or tuning.source  # T4 need not say
+            console.print(f"\n{what}", style="bold", markup=False)
             console.print(f"  {told['recorded']} configs on record, {plan.search}, {SEEDS} seeds", markup=False)
             tried = told["tried"]
             shares = [f"{n}: {share:.3f}" for n, share in told["share_after"].items() if int(n) < tried]

@@ -70,6 +70,16 @@ def test_kernel_tuner_finds_what_it_looks_up(tmp_path: Path, tuned: Path) -> Non
             assert theirs[name] == (value if isinstance(value, str) else pytest.approx(value)), name
 
 
+@pytest.mark.parametrize("size", [1000, [4096, 4096], "1000"])
+def test_a_problem_size_stays_what_it_was(tmp_path: Path, size: Any) -> None:
+    """Kernel Tuner refuses to resume a cache of "1000" for a problem of 1000."""
+    cache = {"1": {"vector": 1, "time": 1.0}}
+    head = {"device_name": "A100", "kernel_name": "k", "problem_size": size, "tune_params_keys": ["vector"]}
+    (tmp_path / "theirs.json").write_text(json.dumps({**head, "tune_params": {"vector": [1]}, "cache": cache}))
+    (path,) = write("kernel-tuner", load(tmp_path / "theirs.json"), tmp_path / "out")
+    assert json.loads(path.read_text())["problem_size"] == size
+
+
 def test_what_a_record_does_not_say_is_not_made_up(tmp_path: Path) -> None:
     rows = [Row({"block_m": 64}, 2e-3, 2e-3, times_s=(2e-3, 3e-3))]
     rows.append(Row({"block_m": 32}, None, None, Status.FAILED_LAUNCH))
