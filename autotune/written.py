@@ -63,7 +63,11 @@ def _stamp(row: Row) -> dict[str, str]:
     """When a config was recorded, as both tools write it; nothing where the record does not say."""
     if row.unix_time is None:
         return {}
-    return {"timestamp": datetime.fromtimestamp(row.unix_time, UTC).isoformat(sep=" ", timespec="microseconds")}
+    try:
+        when = datetime.fromtimestamp(row.unix_time, UTC)
+    except (OverflowError, TypeError, ValueError):  # the year 0, or a word: no date
+        return {}
+    return {"timestamp": when.isoformat(sep=" ", timespec="microseconds")}
 
 
 def _as_kernel_tuner(tunings: Sequence[Tuning]) -> Iterable[tuple[str, Any]]:
@@ -87,7 +91,7 @@ def _as_kernel_tuner(tunings: Sequence[Tuning]) -> Iterable[tuple[str, Any]]:
     for tuning in tunings:
         keys = list(tuning.axes)
         cache = {",".join(str(row.config.get(k)) for k in keys): entry(row) for row in tuning.rows}
-        dated = all(row.unix_time is not None for row in tuning.rows)  # the schema wants it of all
+        dated = all(map(_stamp, tuning.rows))  # the schema wants it of all
         head = {"schema_version": "1.1.0"} if dated else {}
         size = tuning.about.get("problem_size", tuning.problem)  # it resumes only what has a number where it has one
         head |= {"device_name": tuning.device, "kernel_name": tuning.kernel, "problem_size": size}

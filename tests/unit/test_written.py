@@ -80,6 +80,17 @@ def test_a_problem_size_stays_what_it_was(tmp_path: Path, size: Any) -> None:
     assert json.loads(path.read_text())["problem_size"] == size
 
 
+@pytest.mark.parametrize("when", ["0001-01-01T00:00:00+14:00", "yesterday", "2026-01-01", 7, None, ["x"]])
+def test_what_is_no_date_is_none(tmp_path: Path, when: Any) -> None:
+    cache = {"1": {"vector": 1, "time": 1.0, "timestamp": when}}
+    head = {"kernel_name": "k", "tune_params_keys": ["vector"], "cache": cache}
+    (tmp_path / "theirs.json").write_text(json.dumps(head))
+    (path,) = write("kernel-tuner", load(tmp_path / "theirs.json"), tmp_path / "out")
+    data = json.loads(path.read_text())
+    assert "schema_version" not in data
+    assert "timestamp" not in data["cache"]["1"]
+
+
 def test_what_a_record_does_not_say_is_not_made_up(tmp_path: Path) -> None:
     rows = [Row({"block_m": 64}, 2e-3, 2e-3, times_s=(2e-3, 3e-3))]
     rows.append(Row({"block_m": 32}, None, None, Status.FAILED_LAUNCH))
