@@ -95,7 +95,7 @@ def _swept(space: Space, problem: Problem, rules: Sequence[Rule]) -> Places | Ru
     return np.concatenate(found)
 
 
-class _Grid(npt.NDArray[Any]):
+class _Grid(np.ndarray[Any, np.dtype[Any]]):  # npt.NDArray is a `type` alias since numpy 2.5, and no base
     """An array that behaves as a number does: a rule may ask whether it is true, and `x += 1` makes another."""
 
     def __bool__(self) -> bool:
