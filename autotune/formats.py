@@ -173,16 +173,15 @@ def _tuning(
     Values that are equal are one value (True, 1 and 1.0: writers mix them), so a config has one spelling. A list or an
     object is known by its JSON text.
     """
-    seen: dict[str, dict[Any, Any]] = {}
-    for name, values in declared.items():
-        seen[name] = {v: v for v in map(_plain, values)}
+    seen: dict[str, dict[Any, Any]] = {name: {v: v for v in map(_plain, values)} for name, values in declared.items()}
     spelled: list[Row] = []
     for row in rows:
         config = {}
-        for name, value in row.config.items():
+        for name, given in row.config.items():
+            value = _plain(given)
             if value != value:  # NaN equals nothing
                 raise UsageError(f"{path}: {name} is {value!r:.40}, which is no value that could be searched")
-            config[name] = seen.setdefault(name, {}).setdefault(_plain(value), _plain(value))
+            config[name] = seen.setdefault(name, {}).setdefault(value, value)
         spelled.append(replace(row, config=config))
     axes = {name: _sorted(list(values)) for name, values in seen.items()}
     return Tuning(kernel, problem, device, axes, spelled, str(path), chosen, about or {})
